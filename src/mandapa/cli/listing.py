@@ -1,0 +1,355 @@
+"""Commands that look: ``log``, ``show``, ``ls``, ``diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mandapa.address import Address, parse_address
+from mandapa.cli.session import Session, common, pass_session
+from mandapa.cli.text import age, clean, count, first_line, size, table, value
+from mandapa.errors import InvalidInputError, NotFoundError
+
+if TYPE_CHECKING:
+    from mandapa.repository.artifact import Artifact
+    from mandapa.repository.repository import Repository
+    from mandapa.repository.version import Asset, Diff, Version
+
+__all__ = ["COMMANDS"]
+
+_SHOWN = 12  # paths that `show` lists of a change before it counts the rest
+
+
+@click.command()
+@click.argument("address", required=False, metavar="[ARTIFACT[:REF][/PATH]]")
+@click.option("-n", "--max-count", type=click.IntRange(min=1), metavar="N", help="At most N versions.")
+@click.option("--deleted", is_flag=True, help="Deleted versions instead of live ones.")
+@common
+@pass_session
+def log(session: Session, address: str | None, max_count: int | None, deleted: bool) -> None:
+    """The versions of an artifact, newest first; without argument, all artifacts.
+
+    With a PATH only the versions in which that file or folder changed; with a REF, from that version back.
+    """
+    repo = session.open()
+    if address is None:
+        if deleted:
+            raise click.UsageError("--deleted needs an artifact", click.get_current_context())
+        _log_all(session, repo, max_count)
+        return
+    parsed = parse_address(address)
+    artifact = repo.artifact(parsed.name)
+    if deleted:
+        found = artifact.deleted()
+    else:
+        found = artifact.versions(parsed.path or None)
+        if parsed.path and not found:
+            raise NotFoundError(f"no live version of {parsed.name} has {parsed.path!r}")
+    if (parsed.ref, parsed.back) != ("latest", 0):
+        start = artifact.resolve(Address(parsed.name, parsed.ref, parsed.back)).number
+        found = [version for version in found if version.number <= start]
+    found.reverse()
+    _print_versions(session, found[:max_count])
+
+
+def _print_versions(session: Session, versions: list[Version]) -> None:
+    from mandapa.cli.values import version_value
+
+    if session.json:
+        for version in versions:
+            session.emit(version_value(version), str)
+        return
+    rows = [
+        (
+            f"v{version.number}",
+            ", ".join(map(clean, version.names)),
+            size(version.size),
+            f"+{size(version.added)}",
+            age(version.created),
+            clean(version.run),
+            first_line(version.message) or _facts(version),
+        )
+        for version in versions
+    ]
+    click.echo(table(rows, right=(2, 3)) if rows else "no versions")
+
+
+def _facts(version: Version) -> str:
+    """The first few facts, for a version without a message."""
+    return first_line("  ".join(f"{key}={value(item)}" for key, item in list(version.metadata.items())[:4]), 80)
+
+
+def _log_all(session: Session, repo: Repository, max_count: int | None) -> None:
+    from mandapa.cli.values import version_value
+
+    rows = []
+    for artifact in repo.artifacts()[:max_count]:
+        live, stored = _sums(artifact)
+        latest = live[-1] if live else None
+        if session.json:
+            newest = None if latest is None else version_value(latest)
+            aliases = artifact.aliases()
+            session.emit(
+                {
+                    "artifact": artifact.name,
+                    "versions": len(live),
+                    "latest": newest,
+                    "aliases": aliases,
+                    "stored": stored,
+                },
+                str,
+            )
+        elif latest is None:
+            rows.append((clean(artifact.name), "-", "", "", f"{size(stored)} stored", "", ""))
+        else:
+            aliases_ = ", ".join(f"{clean(name)}=v{number}" for name, number in artifact.aliases().items())
+            rows.append(
+                (
+                    clean(artifact.name),
+                    f"v{latest.number}",
+                    aliases_,
+                    size(latest.size),
+                    f"{size(stored)} stored",
+                    age(latest.created),
+                    clean(latest.run),
+                )
+            )
+    if not session.json:
+        click.echo(table(rows, right=(3, 4)) if rows else "no artifacts yet: 'mandapa add ARTIFACT PATH' makes one")
+
+
+def _sums(artifact: Artifact) -> tuple[list[Version], int]:
+    """Live versions, and the bytes that all commits put, those of deleted versions included."""
+    live = artifact.versions()
+    return live, sum(version.added for version in (*live, *artifact.deleted()))
+
+
+@click.command()
+@click.argument("address")
+@common
+@pass_session
+def show(session: Session, address: str) -> None:
+    """One version, or one file in it, on one screen."""
+    from mandapa.cli.values import asset_value, version_value
+
+    version = session.open()[address]
+    if version.path and (asset := version.assets.get(version.path)) is not None:
+        session.emit({**asset_value(asset), "address": f"{version.address}/{asset.path}"}, lambda: _asset_text(asset))
+        return
+    if version.path:
+        raise InvalidInputError(f"{version.address}/{version.path} is no file: 'mandapa ls' shows folders")
+    diff = _from_parent(version)
+    changes = None if diff is None else _diff_counts(diff)
+    session.emit({**version_value(version), "changes": changes}, lambda: _version_text(version, diff))
+
+
+def _asset_text(asset: Asset) -> str:
+    rows = [("path", clean(asset.path)), ("size", f"{size(asset.size)}{_exact(asset.size)}")]
+    if asset.kind == "url":
+        rows += [("url", clean(asset.url)), ("checksum", clean(asset.checksum) or "not known")]
+    else:
+        rows += [("blake3", asset.digest), ("mode", "executable" if asset.executable else "plain")]
+    return table(rows)
+
+
+def _exact(number: int | None) -> str:
+    return f" ({number:,} bytes)" if number is not None and number >= 1000 else ""
+
+
+def _from_parent(version: Version) -> Diff | None:
+    if version.parent is None:
+        return None
+    try:
+        return version.artifact.version(version.parent).diff(version)
+    except NotFoundError:
+        return None  # the parent was deleted
+
+
+def _diff_counts(diff: Diff) -> dict[str, int]:
+    return {"added": len(diff.added), "removed": len(diff.removed), "changed": len(diff.changed)}
+
+
+def _version_text(version: Version, diff: Diff | None) -> str:
+    when = version.created.strftime("%Y-%m-%d %H:%M:%S UTC")
+    rows = [
+        ("version", version.address),
+        ("names", ", ".join(map(clean, version.names))),
+        ("when", f"{when} ({age(version.created)})"),
+        ("who", clean(version.created_by)),
+        ("run", clean(version.run)),
+        ("used", ", ".join(map(clean, version.used))),
+        ("digest", version.digest),
+        ("parent", "none" if version.parent is None else f"v{version.parent}"),
+        ("assets", f"{version.asset_count:,}"),
+        ("size", f"{size(version.size)}{_exact(version.size)}"),
+        ("stored", f"+{size(version.added)}{_exact(version.added)}"),
+    ]
+    parts = [table([row for row in rows if row[1]])]
+    if version.message:
+        parts.append("\n".join(f"    {clean(line)}" for line in version.message.strip().split("\n")))
+    for title, facts in (("metadata", version.metadata), ("facts", version.facts)):
+        if facts:
+            listed = table([(clean(key), value(item)) for key, item in sorted(facts.items())], indent="    ")
+            parts.append(f"{title}\n{listed}")
+    if diff is not None:
+        counts = ", ".join(f"{number} {what}" for what, number in _diff_counts(diff).items() if number)
+        lines = [_line(mark, path, sizes) for mark, path, sizes, _, _ in _entries(diff)]
+        more = [f"    ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        head = f"changes since v{version.parent}: {counts or 'no file'}"
+        parts.append("\n".join([head, *(f"    {line}" for line in lines[:_SHOWN]), *more]))
+    elif version.parent is not None:
+        parts.append(f"changes since v{version.parent}: not known, it was deleted")
+    return "\n\n".join(parts)
+
+
+@click.command()
+@click.argument("address", required=False, metavar="[ADDRESS[/FOLDER]]")
+@click.option("-r", "--recursive", is_flag=True, help="Everything below, not one level.")
+@common
+@pass_session
+def ls(session: Session, address: str | None, recursive: bool) -> None:
+    """The files and folders of a version, one level; without argument, the names of all artifacts."""
+    repo = session.open()
+    if address is None:
+        for artifact in repo.artifacts():
+            name = artifact.name
+            session.emit({"artifact": name}, lambda name=name: clean(name))  # type: ignore[misc]
+        return
+    version = repo[address]
+    entries = list(_listed(version, recursive))
+    if not entries and version.path:
+        raise NotFoundError(f"{version.address} has nothing at {version.path!r}")
+    if session.json:
+        for entry in entries:
+            session.emit(entry, str)
+        return
+    click.echo(table([_ls_row(entry) for entry in entries], right=(0,)) if entries else "empty")
+
+
+def _ls_row(entry: dict[str, Any]) -> tuple[str, str]:
+    name = clean(entry["path"])
+    if entry["kind"] == "folder":
+        return size(entry["size"]), f"{name}/  ({count(entry['asset_count'], 'asset')})"
+    if entry["kind"] == "url":
+        return size(entry["size"]), f"{name} -> {clean(entry['url'])}"
+    return size(entry["size"]), name + ("*" if entry["executable"] else "")
+
+
+def _listed(version: Version, recursive: bool) -> Iterator[dict[str, Any]]:
+    """Assets below the address's path, folders taken together unless ``recursive``."""
+    from mandapa.cli.values import asset_value
+    from mandapa.repository.version import Asset
+
+    if version.path and (one := version.assets.get(version.path)) is not None:
+        yield asset_value(one)
+        return
+    below = f"{version.path}/" if version.path else ""
+    folder: dict[str, Any] | None = None
+    for located in version.rows(below):
+        asset = Asset.from_row(located)
+        first, slash, _ = asset.path[len(below) :].partition("/")
+        path = below + first
+        if folder is not None and folder["path"] != path:
+            yield folder
+            folder = None
+        if not slash or recursive:
+            yield asset_value(asset)
+            continue
+        if folder is None:
+            folder = {"path": path, "kind": "folder", "size": 0, "asset_count": 0}
+        folder["size"] += asset.size or 0
+        folder["asset_count"] += 1
+    if folder is not None:
+        yield folder
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--exit-code", is_flag=True, help="End with 1 when they differ.")
+@common
+@pass_session
+def diff(session: Session, a: str, b: str, exit_code: bool) -> int:
+    """What turns version A into version B: files (+ added, - removed, ~ changed) and metadata.
+
+    Both may name the same folder or file, as in 'diff digits:v1/logs digits:v2/logs': then only that is compared.
+    """
+    repo = session.open()
+    before, after = repo[a], repo[b]
+    if before.path != after.path:
+        raise InvalidInputError(f"A names {before.path or 'all'!r}, B {after.path or 'all'!r}: name the same path in both")
+    found = before.diff(after)
+    entries = [entry for entry in _entries(found) if _within(entry[1], before.path)]
+    metadata = {} if before.path else dict(found.metadata)
+    differs = bool(entries or metadata)
+    session.emit(_diff_value(before, after, entries, metadata), lambda: _diff_text(entries, metadata))
+    return 1 if differs and exit_code else 0
+
+
+_Entry = tuple[str, str, str, "Asset | None", "Asset | None"]
+
+
+def _entries(diff: Diff) -> list[_Entry]:
+    """(mark, path, sizes, before, after), sorted by path."""
+    found: list[_Entry] = [("+", asset.path, size(asset.size), None, asset) for asset in diff.added]
+    found += [("-", asset.path, size(asset.size), asset, None) for asset in diff.removed]
+    found += [("~", old.path, _change(old, new), old, new) for old, new in diff.changed]
+    return sorted(found, key=lambda entry: entry[1])
+
+
+def _change(old: Asset, new: Asset) -> str:
+    if old.size != new.size:
+        return f"{size(old.size)} -> {size(new.size)}"
+    if old.digest == new.digest and old.executable != new.executable:
+        return "now executable" if new.executable else "no longer executable"
+    return size(new.size)
+
+
+def _within(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(f"{place}/")
+
+
+_COLOURS = {"+": "green", "-": "red", "~": "yellow"}
+
+
+def _line(mark: str, path: str, sizes: str) -> str:
+    return click.style(f"{mark} {clean(path)}", fg=_COLOURS[mark]) + f"  {sizes}"
+
+
+def _diff_text(entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> str:
+    width = max([len(clean(entry[1])) for entry in entries], default=0)
+    lines = [
+        click.style(f"{mark} {clean(path).ljust(width)}", fg=_COLOURS[mark]) + f"  {sizes}"
+        for mark, path, sizes, _, _ in entries
+    ]
+    rows = [(f"  {clean(key)}", f"{value(old)} -> {value(new)}") for key, (old, new) in metadata.items()]
+    if rows:
+        lines += ["metadata", table(rows)]
+    return "\n".join(lines) or "no difference"
+
+
+def _diff_value(
+    a: Version, b: Version, entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]
+) -> dict[str, Any]:
+    from mandapa.cli.values import asset_value
+
+    def of(mark: str) -> list[dict[str, Any]]:
+        return [asset_value(new or old) for m, _, _, old, new in entries if m == mark and (new or old)]  # type: ignore[arg-type]
+
+    changed = [
+        {"before": asset_value(old), "after": asset_value(new)} for _, _, _, old, new in entries if old and new
+    ]
+    return {
+        "a": a.address,
+        "b": b.address,
+        "differs": bool(entries or metadata),
+        "added": of("+"),
+        "removed": of("-"),
+        "changed": changed,
+        "metadata": {key: {"before": old, "after": new} for key, (old, new) in metadata.items()},
+    }
+
+
+COMMANDS = (log, show, ls, diff)

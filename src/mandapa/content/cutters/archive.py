@@ -1,0 +1,151 @@
+"""The members of zip archives as torch and NumPy write them. Source: PKWARE APPNOTE 6.3, §4.3.
+
+Only what those two write is understood: stored, not compressed or encrypted, one disk, no comment after the end. The
+central directory is what counts, because local headers may leave sizes to a data descriptor (torch does); of a local
+header only the lengths of its name and padding are used. All other archives are opaque files.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+from mandapa.content.cutters.layout import HEADER_MAX, MEMBERS_MAX, SMALLEST, Member
+from mandapa.content.cutters.source import Source, read_some
+
+__all__ = ["archive_members"]
+
+_LOCAL = Struct("<4s2xHH16xHH")
+_ENTRY = Struct("<4s4xHH4xIIIHHHH6xI")
+_END = Struct("<4sHHHHIIH")
+_END64 = Struct("<4sQ4xIIQQQQ")
+_LOCATOR = Struct("<4sIQI")
+_U16 = 0xFFFF
+_U32 = 0xFFFFFFFF
+_REFUSED_FLAGS = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, a patch, strongly encrypted, masked
+_TAIL = 4096
+
+
+class _Refused(Exception):  # noqa: N818 - not an error: it never leaves this file
+    """The archive is not one of ours."""
+
+
+def archive_members(source: Source) -> list[Member] | None:
+    """The members of all archives in the file, in the order of their bytes; None when they do not fill it.
+
+    torch.distributed.checkpoint writes one archive for each tensor, back to back, so the file is walked from its end:
+    the directory there tells where its archive starts, which is where the one before ends.
+    """
+    archives: list[list[Member]] = []
+    end = source.size
+    members_left, header_left = MEMBERS_MAX, HEADER_MAX
+    try:
+        while end > 0:
+            archive = _Archive(source, end)
+            members_left -= archive.count + 1
+            header_left -= archive.directory_size
+            if members_left < 0 or header_left < 0:
+                return None
+            archives.append(archive.members())
+            end = archive.start
+    except _Refused:
+        return None
+    return [member for members in reversed(archives) for member in members]
+
+
+class _Archive:
+    """One archive that ends at ``end``: checks all that its last records say, then its members."""
+
+    def __init__(self, source: Source, end: int) -> None:
+        self._source = source
+        self._end = end
+        self._tail = read_some(source, max(0, end - _TAIL), min(end, _TAIL))
+        self._tail_start = end - len(self._tail)
+        directory_end = end - _END.size
+        magic, disk, first_disk, here, count, size, offset, comment = self._unpack(_END, directory_end)
+        _require(magic == b"PK\x05\x06" and disk == first_disk == 0 and here == count and comment == 0)
+        locator = directory_end - _LOCATOR.size
+        if locator >= 0 and self._unpack(_LOCATOR, locator)[0] == b"PK\x06\x07":
+            directory_end = locator - _END64.size
+            magic, length, disk, first_disk, here, count64, size64, offset64 = self._unpack(_END64, directory_end)
+            _require(magic == b"PK\x06\x06" and length == _END64.size - 12 and disk == first_disk == 0)
+            _require(here == count64 and count in (count64, _U16) and size in (size64, _U32))
+            _require(offset in (offset64, _U32))
+            count, size, offset = count64, size64, offset64
+            _, disk, record, disks = self._unpack(_LOCATOR, locator)
+            _require(disk == 0 and disks <= 1 and record == offset + size)
+        self.count: int = count
+        self.directory_size: int = size
+        self._directory: int = directory_end - size
+        self.start: int = self._directory - offset
+        _require(self.start >= 0 and 0 < count * _ENTRY.size <= size <= HEADER_MAX)
+
+    def members(self) -> list[Member]:
+        """The members, checked to be in order and not to overlap, and the directory as the last one."""
+        directory = self._read(self._directory, self.directory_size)
+        local = bytearray(_LOCAL.size)
+        local_view = memoryview(local)
+        found = []
+        at = 0
+        floor = self.start
+        for _ in range(self.count):
+            _require(at + _ENTRY.size <= len(directory))
+            magic, flags, method, crc, stored, size, name, extra, comment, disk, offset = _ENTRY.unpack_from(
+                directory, at
+            )
+            _require(magic == b"PK\x01\x02" and method == 0 and not flags & _REFUSED_FLAGS and disk == 0)
+            extra_at = at + _ENTRY.size + name
+            at = extra_at + extra + comment
+            if _U32 in (stored, size, offset):
+                size, stored, offset = _zip64(directory[extra_at : extra_at + extra], [size, stored, offset])
+            _require(stored == size)
+            record = self.start + offset
+            _require(floor <= record < self._directory)
+            if size >= SMALLEST:
+                _require(self._source.readinto(record, local_view) == _LOCAL.size)
+                magic, local_flags, method, name, extra = _LOCAL.unpack(local)
+                _require(magic == b"PK\x03\x04" and local_flags == flags and method == 0)
+                start = record + _LOCAL.size + name + extra
+                floor = start + size
+            else:
+                # Never alone, so where exactly its bytes start is not worth a read.
+                start = floor = record + _LOCAL.size + name + size
+            _require(floor <= self._directory)
+            found.append(Member(record, start, floor, crc))
+        _require(at == len(directory))
+        found.append(Member(self._directory, self._end, self._end, 0))
+        return found
+
+    def _unpack(self, record: Struct, offset: int) -> tuple[Any, ...]:
+        _require(offset >= self._tail_start and offset - self._tail_start + record.size <= len(self._tail))
+        return record.unpack_from(self._tail, offset - self._tail_start)
+
+    def _read(self, offset: int, length: int) -> bytearray:
+        if offset >= self._tail_start:
+            return self._tail[offset - self._tail_start : offset - self._tail_start + length]
+        data = read_some(self._source, offset, length)
+        _require(len(data) == length)
+        return data
+
+
+def _zip64(extra: bytearray, values: list[int]) -> list[int]:
+    """``values`` (size, stored size, offset) with those that did not fit in 32 bits taken from the extra field."""
+    at = 0
+    while at + 4 <= len(extra):
+        tag = int.from_bytes(extra[at : at + 2], "little")
+        length = int.from_bytes(extra[at + 2 : at + 4], "little")
+        field = extra[at + 4 : at + 4 + length]
+        at += 4 + length
+        if tag != 1:
+            continue
+        large = [index for index, value in enumerate(values) if value == _U32]
+        _require(len(field) == length and length >= 8 * len(large))
+        for place, index in enumerate(large):
+            values[index] = int.from_bytes(field[8 * place : 8 * place + 8], "little")
+        return values
+    raise _Refused
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise _Refused

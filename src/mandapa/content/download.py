@@ -1,0 +1,566 @@
+"""Versions into a folder: equal files stay, others are replaced whole, and nothing outside is ever touched."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import threading
+import time
+import unicodedata
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count, islice
+from typing import NamedTuple
+
+from mandapa.content.index import Index, Piece
+from mandapa.content.transfer import Request, fetch, pieces_of, plan
+from mandapa.content.tree import Located
+from mandapa.content.walk import Found
+from mandapa.digest import Hasher
+from mandapa.errors import (
+    AccessDeniedError,
+    CorruptionError,
+    InvalidInputError,
+    MandapaError,
+    NotFoundError,
+    SecurityError,
+    StorageError,
+)
+from mandapa.format.manifest import FileRow, LargeFileRow, Node, NodeAddress, UrlRow
+from mandapa.format.strict import check_prefix
+from mandapa.object_store.base import Buffer, ObjectStore
+
+__all__ = ["DownloadResult", "download"]
+
+_GROUP = 2048
+_WINDOW = 8 << 20  # bytes, stored or decoded, that one or a few requests fetch
+_WINDOW_PIECES = 4096
+_FOLDERS = 64  # folders held open, and folders in a window at most
+_MOVES = 3  # times that a row may move while it is read
+_LEFTOVER = re.compile(r"\.mandapa-[0-9a-f]{16}-[0-9]+(A\u00e9)?\.tmp")
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+@dataclass(slots=True)
+class DownloadResult:
+    """What a download did."""
+
+    files: int = 0
+    """Files written."""
+    bytes: int = 0
+    """Bytes written."""
+    skipped: int = 0
+    """Files that were there already, equal."""
+    urls: list[str] = field(default_factory=list)
+    """Paths of assets that are URLs: they are not fetched."""
+
+
+def download(
+    rows: Iterable[Located],
+    dest: str | os.PathLike[str],
+    *,
+    store: ObjectStore,
+    load: Callable[[NodeAddress], Node],
+    index: Index | None = None,
+    moved: Callable[[str], Located] | None = None,
+    threads: int = 4,
+    fsync: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> DownloadResult:
+    """Make the files of ``rows`` be in ``dest``, each of them whole or not at all.
+
+    A file that has the row's bytes stays (its x bit is set right), another is replaced atomically, what no row names is
+    left alone. Nothing outside ``dest`` is touched, whatever the rows say and whoever swaps folders for symlinks
+    meanwhile; ``dest`` itself may be a symlink. Killed, it leaves whole files and perhaps ``.mandapa-*.tmp``, which the
+    next download into that folder removes; what is there by then is not fetched again.
+
+    Requests: one for about 8 MiB of neighbouring chunks. Memory: about (``threads`` + 1) * 16 MiB, and the rows where
+    the file system does not tell case or normal forms apart.
+
+    Args:
+        rows: What to restore, best in order of path.
+        dest: A folder; made if missing.
+        store: Where the containers are.
+        load: Reads a node, as `NodeReader.load`.
+        index: Knows files that need not be hashed again.
+        moved: Called with the path of a row when one of its containers is gone; gives the row as it is now, or raises.
+        threads: Requests and writes under way at once; 0 does all in the caller's thread.
+        fsync: Whether files and folders shall survive a power cut once this returns.
+        progress: Called with numbers of bytes written, from several threads.
+
+    Raises:
+        SecurityError: A symlink stands where a folder is needed.
+        InvalidInputError: A path is none; two paths are the same name on this file system, and nothing was written;
+            a file stands where a folder is needed, or a folder where a file is.
+        NotFoundError: A container is not there, and ``moved`` was not given, or says that the version was deleted.
+        CorruptionError: Stored bytes are not those that were written.
+        AccessDeniedError: A file or folder may not be written.
+        StorageError: The disk or the store failed.
+    """
+    root = os.path.abspath(os.fspath(dest))
+    try:
+        os.makedirs(root, exist_ok=True)
+        root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileExistsError:
+        raise InvalidInputError(f"{root} is a file: name a folder") from None
+    except OSError as error:
+        raise _explain(error, root) from error
+    folders = _Folders(root, _Folder(root_fd, root))
+    fold = _folding(folders.top)
+    if fold is not None:
+        rows = list(rows)
+        _check_collisions([located.row.path for located in rows], fold, root)
+    work = _Download(folders, store, load, index, threads, fsync, progress)
+    try:
+        work.restore(rows)
+        for _ in range(_MOVES):
+            lost, work.lost = work.lost, []
+            if not lost:
+                break
+            if moved is None:
+                raise lost[0].error or NotFoundError(f"the bytes of {lost[0].row.path!r} are not there")
+            work.restore([moved(target.row.path) for target in lost])
+        else:
+            if work.lost:
+                path = work.lost[0].row.path
+                raise CorruptionError(f"{path}: its manifest names bytes that are not in the store: run `mandapa fsck`")
+        if fsync:
+            folders.sync()
+    finally:
+        work.close()
+    return work.result
+
+
+class _Folder:
+    """An open folder, closed when nobody needs it any more."""
+
+    __slots__ = ("fd", "names", "path")
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+        self.names = _sweep(fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def _sweep(fd: int) -> set[str]:
+    """The names in a folder, after the leftovers of killed downloads were removed: those that nobody has locked."""
+    names = set(os.listdir(fd))
+    for name in [name for name in names if name.startswith(".mandapa-") and _LEFTOVER.fullmatch(name)]:
+        with suppress(OSError):
+            found = os.open(name, _READ_FLAGS, dir_fd=fd)
+            try:
+                if stat.S_ISREG(os.fstat(found).st_mode):
+                    fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(name, dir_fd=fd)
+            finally:
+                os.close(found)
+    return names
+
+
+class _Folders:
+    """Folders below a root, reached step by step without following a symlink, made where missing."""
+
+    def __init__(self, root: str, top: _Folder) -> None:
+        self._root = root
+        self.top = top
+        self._open: OrderedDict[str, _Folder] = OrderedDict()
+        self._seen: set[str] = set()
+
+    def get(self, path: str) -> _Folder:
+        """The folder at a path below the root; ``""`` is the root."""
+        if not path:
+            return self.top
+        folder = self._open.get(path)
+        if folder is None:
+            above, _, name = path.rpartition("/")
+            folder = self._enter(self.get(above), name)
+            self._open[path] = folder
+            self._seen.add(path)
+            if len(self._open) > _FOLDERS:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(path)
+        return folder
+
+    def sync(self) -> None:
+        """Make every folder that was used durable."""
+        for path in self._seen:
+            os.fsync(self.get(path).fd)
+        os.fsync(self.top.fd)
+
+    @staticmethod
+    def _enter(above: _Folder, name: str) -> _Folder:
+        path = f"{above.path}/{name}"
+        for _ in range(2):
+            try:
+                return _Folder(os.open(name, _FOLDER_FLAGS, dir_fd=above.fd), path)
+            except FileNotFoundError:
+                try:
+                    with suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=above.fd)
+                except OSError as error:
+                    raise _explain(error, path) from error
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    _refuse(above, name, path)
+                raise _explain(error, path) from error
+        raise StorageError(f"{path} cannot be made: something removes it", retryable=True)
+
+
+def _refuse(above: _Folder, name: str, path: str) -> None:
+    with suppress(FileNotFoundError):
+        if stat.S_ISLNK(os.stat(name, dir_fd=above.fd, follow_symlinks=False).st_mode):
+            raise SecurityError(
+                f"{path} is a symbolic link, where a folder is needed: remove it, or use another folder"
+            )
+    raise InvalidInputError(f"{path} is a file, where a folder is needed: remove it, or use another folder")
+
+
+class _Target:
+    """One file on its way."""
+
+    __slots__ = ("error", "fd", "folder", "left", "lock", "name", "row", "temp")
+
+    def __init__(self, row: FileRow | LargeFileRow, folder: _Folder, name: str) -> None:
+        self.row = row
+        self.folder = folder
+        self.name = name
+        self.left = 0  # pieces that are not written yet
+        self.fd = -1
+        self.temp = ""
+        self.lock = threading.Lock()
+        self.error: BaseException | None = None
+
+
+class _Item(NamedTuple):
+    """One chunk, and where in which file it goes."""
+
+    piece: Piece
+    target: _Target
+    offset: int
+
+
+class _Download:
+    def __init__(
+        self,
+        folders: _Folders,
+        store: ObjectStore,
+        load: Callable[[NodeAddress], Node],
+        index: Index | None,
+        threads: int,
+        fsync: bool,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._folders = folders
+        self._store = store
+        self._load = load
+        self._index = index
+        self._threads = threads
+        self._fsync = fsync
+        self._progress = progress
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mandapa-get") if threads else None
+        self._prefix = f".mandapa-{secrets.token_hex(8)}-"
+        self._counter = count()
+        self._begun: set[_Target] = set()
+        self._lock = threading.Lock()
+        self.result = DownloadResult()
+        self.lost: list[_Target] = []
+
+    def restore(self, rows: Iterable[Located]) -> None:
+        """Restore rows; those of which a container is gone are in ``lost`` afterwards."""
+        waiting: deque[list[Future[None]]] = deque()
+        try:
+            for window in _windows(self._items(iter(rows))):
+                pieces = [item.piece for item in window]
+                jobs = []
+                for request in plan(pieces):
+                    if self._pool is None:
+                        self._transfer(request, pieces, window)
+                    else:
+                        jobs.append(self._pool.submit(self._transfer, request, pieces, window))
+                waiting.append(jobs)
+                if len(waiting) > self._threads:
+                    for job in waiting.popleft():
+                        job.result()
+            while waiting:
+                for job in waiting.popleft():
+                    job.result()
+        finally:
+            for jobs in waiting:
+                for job in jobs:
+                    job.cancel()
+
+    def close(self) -> None:
+        """Wait for what is under way, remove what is not whole."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for target in list(self._begun):
+            self._drop(target)
+
+    # Which files
+
+    def _items(self, rows: Iterator[Located]) -> Iterator[_Item]:
+        while group := list(islice(rows, _GROUP)):
+            for located, target in self._different(group):
+                row = target.row
+                if row.size == 0:
+                    self._begin(target)
+                    self._finish(target)
+                    continue
+                pieces = list(pieces_of(located, self._load))
+                target.left = len(pieces)
+                offset = 0
+                for piece in pieces:
+                    yield _Item(piece, target, offset)
+                    offset += piece.raw
+
+    def _different(self, group: list[Located]) -> Iterator[tuple[Located, _Target]]:
+        """The rows of a group that are not there yet."""
+        targets: list[tuple[Located, _Target, os.stat_result | None]] = []
+        there: list[Found] = []
+        last, folder = "\0", self._folders.top
+        for located in group:
+            row = located.row
+            if isinstance(row, UrlRow):
+                self.result.urls.append(row.path)
+                continue
+            if not check_prefix(row.path):
+                raise InvalidInputError("a path must not be empty")
+            above, _, name = row.path.rpartition("/")
+            if above != last:
+                folder, last = self._folders.get(above), above
+            target = _Target(row, folder, name)
+            found = _same_size(target) if name in folder.names else None
+            if found is not None:
+                there.append(Found(row.path, f"{folder.path}/{name}", found))
+            targets.append((located, target, found))
+        known = iter(self._index.known_files(there) if self._index is not None else [None] * len(there))
+        checks: list[bool | Future[bool]] = []
+        for _, target, found in targets:
+            if found is None:
+                checks.append(False)
+            elif next(known) == target.row.digest:
+                checks.append(True)
+            elif self._pool is None or found.st_size < 1 << 20:
+                checks.append(self._equal(target))
+            else:
+                checks.append(self._pool.submit(self._equal, target))
+        for (located, target, found), check in zip(targets, checks, strict=True):
+            if check if isinstance(check, bool) else check.result():
+                assert found is not None
+                self._set_mode(target, found)
+                self.result.skipped += 1
+            else:
+                yield located, target
+
+    def _equal(self, target: _Target) -> bool:
+        """Whether the file that is there has the row's bytes: reads it."""
+        started = time.time_ns()
+        try:
+            fd = os.open(target.name, _READ_FLAGS, dir_fd=target.folder.fd)
+        except OSError:
+            return False
+        try:
+            before = os.fstat(fd)
+            if not stat.S_ISREG(before.st_mode):
+                return False
+            hasher = Hasher()
+            while data := os.read(fd, 1 << 20):
+                hasher.update(data)
+            after = os.fstat(fd)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        if hasher.digest() != target.row.digest:
+            return False
+        if self._index is not None and (before.st_mtime_ns, before.st_ctime_ns) == (
+            after.st_mtime_ns,
+            after.st_ctime_ns,
+        ):
+            self._index.remember_file(f"{target.folder.path}/{target.name}", before, target.row.digest, started)
+        return True
+
+    @staticmethod
+    def _set_mode(target: _Target, found: os.stat_result) -> None:
+        mode = stat.S_IMODE(found.st_mode)
+        if target.row.mode == (1 if mode & 0o100 else 0):
+            return
+        # Who may read it may run it, which is what umask gives a new file.
+        mode = mode | (mode & 0o444) >> 2 if target.row.mode else mode & ~0o111
+        try:
+            fd = os.open(target.name, _READ_FLAGS, dir_fd=target.folder.fd)
+            try:
+                os.fchmod(fd, mode)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _explain(error, f"{target.folder.path}/{target.name}") from error
+
+    # Bytes
+
+    def _transfer(self, request: Request, pieces: list[Piece], window: list[_Item]) -> None:
+        """One request: fetch, verify, write."""
+        try:
+            values = fetch(self._store, request, pieces, lambda i: window[i].target.row.path)
+        except NotFoundError as error:
+            with self._lock:
+                for i in request.wanted:
+                    target = window[i].target
+                    if target.error is None:
+                        target.error = error
+                        self.lost.append(target)
+            return
+        written = 0
+        for i, value in zip(request.wanted, values, strict=True):
+            _, target, offset = window[i]
+            self._write(target, value, offset)
+            written += len(value)
+        if self._progress is not None:
+            self._progress(written)
+
+    def _write(self, target: _Target, value: Buffer, offset: int) -> None:
+        try:
+            with target.lock:
+                if target.fd < 0:
+                    self._begin(target)
+            view = memoryview(value)
+            while view:
+                done = os.pwrite(target.fd, view, offset)
+                view = view[done:]
+                offset += done
+            with target.lock:
+                target.left -= 1
+                last = not target.left
+            if last:
+                self._finish(target)
+        except OSError as error:
+            raise _explain(error, f"{target.folder.path}/{target.name}") from error
+
+    def _begin(self, target: _Target) -> None:
+        target.temp = f"{self._prefix}{next(self._counter)}.tmp"
+        # The mode goes through umask here, and nowhere else could it without a race.
+        mode = 0o777 if target.row.mode else 0o666
+        target.fd = os.open(target.temp, _CREATE_FLAGS, mode, dir_fd=target.folder.fd)
+        self._begun.add(target)
+        with suppress(OSError):  # a file system without locks: then leftovers of others may be swept too early
+            fcntl.flock(target.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _finish(self, target: _Target) -> None:
+        folder = target.folder.fd
+        if self._fsync:
+            os.fsync(target.fd)
+        try:
+            os.rename(target.temp, target.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except IsADirectoryError:
+            raise InvalidInputError(
+                f"{target.folder.path}/{target.name} is a folder, where a file is needed: remove it"
+            ) from None
+        self._begun.discard(target)
+        os.close(target.fd)
+        target.fd = -1
+        with self._lock:
+            self.result.files += 1
+            self.result.bytes += target.row.size
+
+    def _drop(self, target: _Target) -> None:
+        self._begun.discard(target)
+        with suppress(OSError):
+            os.unlink(target.temp, dir_fd=target.folder.fd)
+        with suppress(OSError):
+            os.close(target.fd)
+
+
+def _windows(items: Iterable[_Item]) -> Iterator[list[_Item]]:
+    """Items in groups of about 8 MiB in at most 64 folders."""
+    window: list[_Item] = []
+    size = folders = 0
+    last: _Folder | None = None
+    for item in items:
+        more = max(item.piece.raw, item.piece.stored)
+        folders += item.target.folder is not last
+        last = item.target.folder
+        if window and (size + more > _WINDOW or len(window) >= _WINDOW_PIECES or folders > _FOLDERS):
+            yield window
+            window, size, folders = [], 0, 1
+        window.append(item)
+        size += more
+    if window:
+        yield window
+
+
+def _same_size(target: _Target) -> os.stat_result | None:
+    try:
+        found = os.stat(target.name, dir_fd=target.folder.fd, follow_symlinks=False)
+    except OSError:
+        return None
+    return found if stat.S_ISREG(found.st_mode) and found.st_size == target.row.size else None
+
+
+def _folding(top: _Folder) -> Callable[[str], str] | None:
+    """What this file system takes for one name, or None when it tells all names apart: tried with one empty file."""
+    probe = f".mandapa-{secrets.token_hex(8)}-0A\u00e9.tmp"
+    try:
+        os.close(os.open(probe, _CREATE_FLAGS, 0o600, dir_fd=top.fd))
+    except OSError as error:
+        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+            raise _explain(error, top.path) from error
+        return None
+    try:
+        case = _exists(probe.lower(), top.fd)
+        form = _exists(unicodedata.normalize("NFD", probe), top.fd)
+    finally:
+        with suppress(OSError):
+            os.unlink(probe, dir_fd=top.fd)
+    if case:
+        return lambda path: unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+    if form:
+        return lambda path: unicodedata.normalize("NFC", path)
+    return None
+
+
+def _exists(name: str, folder: int) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _check_collisions(paths: Iterable[str], fold: Callable[[str], str], root: str) -> None:
+    seen: dict[str, str] = {}
+    for path in paths:
+        end = 0
+        while end >= 0:
+            end = path.find("/", end + 1)
+            part = path if end < 0 else path[:end]
+            other = seen.setdefault(fold(part), part)
+            if other != part:
+                raise InvalidInputError(
+                    f"{other!r} and {part!r} are one name on the file system of {root}: restore them into different "
+                    "folders, one after the other, or on another file system"
+                )
+
+
+def _explain(error: OSError, path: str) -> MandapaError:
+    if isinstance(error, MandapaError):
+        return error
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return AccessDeniedError(f"{path} may not be written: {error.strerror}")
+    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
+        return InvalidInputError(f"{path} cannot be a file on this file system: {error.strerror}")
+    return StorageError(
+        f"{path} cannot be written: {error.strerror}", retryable=error.errno in (errno.EMFILE, errno.ENFILE)
+    )

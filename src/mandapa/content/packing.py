@@ -1,0 +1,453 @@
+"""Chunks on their way into the store: found where they are already, or packed into new containers."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
+
+from mandapa.content.codecs import ZSTD, Mode, encode
+from mandapa.content.index import Index, Piece
+from mandapa.content.transfer import piece_of
+from mandapa.digest import Hasher, digest
+from mandapa.format.keys import container_key
+from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part
+from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, TRAILER_SIZE, PackEntry, pack_footer
+from mandapa.format.strict import CONTAINER_MAX
+from mandapa.object_store.base import Buffer, ObjectStore
+
+__all__ = ["Packer", "Placer"]
+
+_T = TypeVar("_T")
+
+_SMALL = 64 << 10  # chunks of fewer raw bytes may go beside the manifest nodes
+_META_CHUNKS = 4 << 20  # bytes of chunks beside the nodes of a container; later ones go into packs
+_TARGET = 16 << 20  # a container of this many bytes is closed
+_CAPACITY = 24 << 20  # and none is filled above this
+_ENTRY = 48
+_BUFFER = 4 << 20  # bytes of chunks that are hashed and encoded by one call
+
+
+class _Open:
+    """A container that is being filled."""
+
+    __slots__ = ("buffer", "chunk_bytes", "container", "entries", "number", "used", "view")
+
+    def __init__(self, container: bytes, number: int, buffer: mmap.mmap) -> None:
+        self.container = container
+        self.number = number
+        self.buffer = buffer
+        self.view = memoryview(buffer)
+        self.view[: len(HEADER)] = HEADER
+        self.used = len(HEADER)
+        self.chunk_bytes = 0
+        self.entries: list[PackEntry] = []
+
+    def fits(self, size: int) -> bool:
+        return self.used + size + _ENTRY * (len(self.entries) + 1) + TRAILER_SIZE <= _CAPACITY
+
+    def full(self) -> bool:
+        return self.used + _ENTRY * len(self.entries) + TRAILER_SIZE >= _TARGET
+
+    def append(self, data: Buffer, raw: int, codec: int, kind: int, hash_: bytes) -> int:
+        offset = self.used
+        end = offset + len(data)
+        self.view[offset:end] = data
+        self.used = end
+        self.entries.append(PackEntry(offset, end - offset, raw, codec, kind, hash_))
+        return offset
+
+    def seal(self) -> int:
+        """Write table and trailer; returns the container's size."""
+        footer = pack_footer(self.entries, self.used)
+        end = self.used + len(footer)
+        assert end <= CONTAINER_MAX
+        self.view[self.used : end] = footer
+        self.entries = []
+        return end
+
+
+class Packer:
+    """Puts chunks and nodes into new containers; each container is one ``put``, made while the next one is filled.
+
+    For one thread. The containers are a function of what was added and in what order, not of ``threads``. Holds at most
+    ``threads`` + 2 packs and one meta container of 24 MiB each; their memory is used again, as fresh pages cost more
+    than the copy into them. A store must not keep the buffer that it was given after ``put`` has returned.
+
+    Args:
+        store: Where containers go.
+        threads: Puts under way at once; 0 makes each put in the caller's thread.
+        new_id: Makes 16 random bytes.
+
+    Attributes:
+        table: Every container that was begun here, or numbered by `number`; grows only.
+        fresh: Those that were begun here.
+        added: Bytes handed to the store so far.
+    """
+
+    def __init__(self, store: ObjectStore, *, threads: int, new_id: Callable[[], bytes]) -> None:
+        self._store = store
+        self._threads = threads
+        self._new_id = new_id
+        self.table: list[bytes] = []
+        self._numbers: dict[bytes, int] = {}
+        self._free: list[mmap.mmap] = []
+        self._meta: _Open | None = None
+        self._pack: _Open | None = None
+        self._pool: ThreadPoolExecutor | None = None
+        self._puts: set[Future[None]] = set()
+        self._error: BaseException | None = None
+        self._began = False
+        self._lock = threading.Lock()
+        self.fresh: set[bytes] = set()
+        self.added = 0
+        self.before_first_put: Callable[[], None] | None = None
+        self.progress: Callable[[int], None] | None = None
+
+    def number(self, container: bytes) -> int:
+        """Where a container stands in the table; it is put there when it is new."""
+        found = self._numbers.get(container)
+        if found is None:
+            found = self._numbers[container] = len(self.table)
+            self.table.append(container)
+        return found
+
+    def add_chunk(self, data: Buffer, raw: int, codec: int, hash_: bytes) -> tuple[int, int]:
+        """Put a chunk's stored bytes somewhere; returns the container's number in the table, and the offset in it."""
+        size = len(data)
+        meta = self._meta
+        if raw < _SMALL:
+            if meta is None:
+                meta = self._meta = self._begin(b"m")
+            if meta.chunk_bytes + size <= _META_CHUNKS and meta.fits(size):
+                meta.chunk_bytes += size
+                return meta.number, meta.append(data, raw, codec, KIND_CHUNK, hash_)
+        pack = self._pack
+        if pack is not None and not pack.fits(size):
+            self._send(pack)
+            pack = None
+        if pack is None:
+            pack = self._pack = self._begin(b"p")
+        offset = pack.append(data, raw, codec, KIND_CHUNK, hash_)
+        if pack.full():
+            self._pack = None
+            self._send(pack)
+        return pack.number, offset
+
+    def add_node(self, hash_: bytes, stored: bytes, raw: int) -> NodeAddress:
+        """Put a manifest node into the meta container."""
+        meta = self._meta
+        if meta is not None and not meta.fits(len(stored)):
+            self._send(meta)
+            meta = None
+        if meta is None:
+            meta = self._meta = self._begin(b"m")
+        offset = meta.append(stored, raw, ZSTD, KIND_NODE, hash_)
+        return NodeAddress(meta.container, offset, len(stored), hash_)
+
+    def flush(self) -> None:
+        """Close what is open and wait until every put is acknowledged; raises the first error of any put."""
+        for opened in (self._pack, self._meta):
+            if opened is not None:
+                self._send(opened, last=opened is self._meta)
+        self._pack = self._meta = None
+        while self._puts:
+            self._reap()
+        self._check()
+
+    def close(self) -> None:
+        """Stop: what is open is dropped, puts under way are waited for; no error is raised."""
+        self._pack = self._meta = None
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self._puts.clear()
+        self._free.clear()
+
+    def _begin(self, kind: bytes) -> _Open:
+        self._check()
+        container = kind + self._new_id()
+        self.fresh.add(container)
+        return _Open(container, self.number(container), self._free.pop() if self._free else _new_buffer())
+
+    def _send(self, opened: _Open, *, last: bool = False) -> None:
+        """Hand a container to the store; ``last`` says that the caller waits for it anyway."""
+        self._check()
+        if not self._began:
+            self._began = True
+            if self.before_first_put is not None:
+                self.before_first_put()
+        size = opened.seal()
+        self.added += size
+        if self._threads == 0 or (last and not self._puts):
+            self._put(opened, size)
+            return
+        while len(self._puts) > self._threads:
+            self._reap()
+        self._check()
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="mandapa-put")
+        self._puts.add(self._pool.submit(self._put, opened, size))
+
+    def _put(self, opened: _Open, size: int) -> None:
+        try:
+            self._store.put(container_key(opened.container), opened.view[:size])
+        except BaseException as error:
+            with self._lock:
+                if self._error is None:
+                    self._error = error
+            if self._threads == 0:
+                raise
+            return
+        opened.view.release()
+        self._free.append(opened.buffer)
+        if self.progress is not None:
+            self.progress(size)
+
+    def _reap(self) -> None:
+        done, self._puts = wait(self._puts, return_when=FIRST_COMPLETED)
+        for put in done:
+            put.result()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def _new_buffer() -> mmap.mmap:
+    """Memory that costs nothing until it is written to, unlike a bytearray."""
+    buffer = mmap.mmap(-1, _CAPACITY, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without huge pages
+            buffer.madvise(mmap.MADV_HUGEPAGE)
+    return buffer
+
+
+class _Batch(NamedTuple):
+    """Chunks in one buffer."""
+
+    buffer: bytearray
+    spans: list[tuple[int, int]]
+
+
+class _Taken(NamedTuple):
+    """A chunk after the part of the work that needs no order."""
+
+    hash: bytes
+    raw: int
+    codec: int
+    stored: Buffer | None
+    """None where the chunk is known."""
+    known: Piece | None
+
+
+class Placer:
+    """Gives every chunk a place: where it is already, as far as that is known, else in a new container.
+
+    Looks into what it has placed itself, what was seeded, what the caller knows, the index; in this order.
+
+    Attributes:
+        hits: Containers of chunks that were found, neither begun here nor inherited from the base version: whoever
+            commits makes sure that they are there, and will be.
+    """
+
+    def __init__(self, packer: Packer, index: Index, *, codec: Mode, threads: int) -> None:
+        self._packer = packer
+        self._index = index
+        self._codec: Mode = codec
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._workers = min(threads, cores)
+        self._pool: ThreadPoolExecutor | None = None
+        self._buffers: list[bytearray] = []
+        self.placed: dict[bytes, Chunk] = {}
+        self._unmapped: list[Leaf | Part] = []
+        self._seeds: dict[bytes, tuple[Chunk, Sequence[bytes]]] = {}
+        self._inherited: set[bytes] = set()
+        self.bad: set[bytes] = set()
+        self.hits: set[bytes] = set()
+
+    def seed(self, node: Leaf | Part) -> None:
+        """Chunks of this node are found from now on, and their containers are inherited."""
+        self._unmapped.append(node)
+
+    def inherit(self, containers: Iterable[bytes]) -> None:
+        """These containers are reached from the base version."""
+        self._inherited.update(containers)
+
+    def forget(self, bad: Collection[bytes]) -> None:
+        """No chunk is found in these containers any more."""
+        new = set(bad) - self.bad
+        if new:
+            table = self._packer.table
+            self.bad |= new
+            self.placed = {hash_: chunk for hash_, chunk in self.placed.items() if table[chunk.container] not in new}
+            self.hits -= new
+            self._packer.fresh -= new
+
+    def find(self, hashes: Sequence[bytes]) -> dict[bytes, Piece]:
+        """Where chunks are that were seeded or that the index knows."""
+        self._map_seeds()
+        return self._find(hashes)
+
+    def adopt(self, piece: Piece) -> Chunk:
+        """Refer to a chunk that is somewhere already."""
+        container = piece.container
+        if container not in self._inherited and container not in self._packer.fresh:
+            self.hits.add(container)
+        base = piece.base
+        if base is not None:
+            if base.container not in self._inherited and base.container not in self._packer.fresh:
+                self.hits.add(base.container)
+            return Chunk(
+                self._packer.number(container),
+                *piece[1:6],
+                (self._packer.number(base.container), base.offset, base.stored, base.raw, base.codec, base.hash),
+            )
+        chunk = Chunk(self._packer.number(container), *piece[1:5])
+        self.placed[piece.hash] = chunk
+        return chunk
+
+    def add(self, hash_: bytes, raw: int, codec: int, stored: Buffer) -> Chunk:
+        """Store a chunk; its ``hash`` field is empty."""
+        number, offset = self._packer.add_chunk(stored, raw, codec, hash_)
+        chunk = self.placed[hash_] = Chunk(number, offset, len(stored), raw, codec)
+        return chunk
+
+    def encode(self, data: Buffer, hash_: bytes) -> Chunk:
+        """Encode and store a chunk that was not found."""
+        codec, stored = encode(data, self._codec)
+        return self.add(hash_, len(data), codec, stored)
+
+    def place_all(
+        self, views: Iterable[memoryview], known: dict[bytes, Piece], asset: Hasher, skip: int
+    ) -> list[tuple[bytes, Chunk]]:
+        """Place chunks, in order; hashing and encoding run in other threads.
+
+        Args:
+            views: The chunks; each view is used up before the next is asked for.
+            known: Chunks of the base row.
+            asset: Is fed with all bytes but the first ``skip``.
+            skip: Bytes that ``asset`` has seen already.
+        """
+        self._map_seeds()
+        placed: list[tuple[bytes, Chunk]] = []
+        waiting: deque[tuple[_Batch, Future[list[_Taken]]]] = deque()
+        batch, used = self._begin(0), 0
+
+        def settle() -> None:
+            done, future = waiting.popleft()
+            placed.extend([(one.hash, self._settle(one)) for one in future.result()])
+            if len(done.buffer) == _BUFFER:
+                self._buffers.append(done.buffer)
+
+        try:
+            for view in views:
+                size = len(view)
+                if skip < size:
+                    asset.update(view[skip:] if skip else view)
+                skip = max(0, skip - size)
+                if used + size > len(batch.buffer):
+                    if batch.spans:
+                        waiting.append((batch, self.submit(self._work, batch, known)))
+                        if len(waiting) > self._workers:
+                            settle()
+                    batch, used = self._begin(size), 0
+                batch.buffer[used : used + size] = view
+                batch.spans.append((used, used + size))
+                used += size
+            if batch.spans:
+                waiting.append((batch, self.submit(self._work, batch, known)))
+            while waiting:
+                settle()
+        finally:
+            wait([future for _, future in waiting])
+        return placed
+
+    def submit(self, work: Callable[..., _T], *args: object) -> Future[_T]:
+        """Run in another thread, or at once where there is none."""
+        if self._workers == 0:
+            future: Future[_T] = Future()
+            future.set_result(work(*args))
+            return future
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="mandapa-encode")
+        return self._pool.submit(work, *args)
+
+    def close(self) -> None:
+        """Release threads and memory."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
+        self.placed.clear()
+        self._seeds.clear()
+        self._unmapped.clear()
+        self._buffers.clear()
+
+    def _begin(self, size: int) -> _Batch:
+        if size > _BUFFER:
+            return _Batch(bytearray(size), [])
+        return _Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [])
+
+    def _work(self, batch: _Batch, known: dict[bytes, Piece]) -> list[_Taken]:
+        """Hash chunks, and encode those that nobody knows. In any thread: changes nothing."""
+        view = memoryview(batch.buffer)
+        placed, bad = self.placed, self.bad
+        hashes = [digest(view[start:end]) for start, end in batch.spans]
+        found = {hash_: known[hash_] for hash_ in hashes if hash_ in known and known[hash_].container not in bad}
+        unknown = [hash_ for hash_ in hashes if hash_ not in placed and hash_ not in found]
+        if unknown:
+            found.update(self._find(unknown))
+        result = []
+        seen: set[bytes] = set()
+        for hash_, (start, end) in zip(hashes, batch.spans, strict=True):
+            if hash_ in found or hash_ in seen or hash_ in placed:
+                result.append(_Taken(hash_, end - start, 0, None, found.get(hash_)))
+            else:
+                seen.add(hash_)
+                codec, stored = encode(view[start:end], self._codec)
+                result.append(_Taken(hash_, end - start, codec, stored, None))
+        return result
+
+    def _settle(self, one: _Taken) -> Chunk:
+        chunk = self.placed.get(one.hash)
+        if chunk is not None:
+            return chunk
+        if one.known is not None:
+            return self.adopt(one.known)
+        assert one.stored is not None
+        return self.add(one.hash, one.raw, one.codec, one.stored)
+
+    def _find(self, hashes: Sequence[bytes]) -> dict[bytes, Piece]:
+        found: dict[bytes, Piece] = {}
+        rest: Sequence[bytes] = hashes
+        if self._seeds:
+            rest = []
+            for hash_ in hashes:
+                seed = self._seeds.get(hash_)
+                if seed is not None and seed[1][seed[0].container] not in self.bad:
+                    found[hash_] = piece_of(seed[0], hash_, seed[1])
+                else:
+                    rest.append(hash_)
+        if rest:
+            known = self._index.lookup(rest)
+            found.update({hash_: piece for hash_, piece in known.items() if piece.container not in self.bad})
+        return found
+
+    def _map_seeds(self) -> None:
+        for node in self._unmapped:
+            table = node.containers
+            self._inherited.update(table)
+            for row in node.rows:
+                if isinstance(row, Chunk):
+                    self._seeds[row.hash] = (row, table)
+                elif isinstance(row, FileRow):
+                    if len(row.chunks) == 1:
+                        self._seeds[row.digest] = (row.chunks[0], table)
+                    else:
+                        self._seeds.update([(chunk.hash, (chunk, table)) for chunk in row.chunks])
+        self._unmapped.clear()

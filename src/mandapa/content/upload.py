@@ -1,0 +1,713 @@
+"""Assets taken apart: every chunk found, or stored once, in the containers of one transaction."""
+
+from __future__ import annotations
+
+import os
+import stat as stat_
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
+
+import msgspec
+
+from mandapa.content.codecs import Mode
+from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, growing_cuts
+from mandapa.content.cutters.structured import STRUCTURED_MIN
+from mandapa.content.index import Index, Piece
+from mandapa.content.packing import Packer, Placer
+from mandapa.content.transfer import pieces_of, read_pieces
+from mandapa.content.tree import Located, NodeReader, child_address
+from mandapa.content.walk import Found, file_mode
+from mandapa.digest import Hasher, digest
+from mandapa.errors import (
+    AccessDeniedError,
+    ClosedError,
+    ConflictError,
+    CorruptionError,
+    InvalidInputError,
+    MandapaError,
+    NotFoundError,
+    StorageError,
+)
+from mandapa.format.manifest import (
+    INLINE_CHUNKS,
+    PART_CHUNKS,
+    Chunk,
+    FileRow,
+    LargeFileRow,
+    Leaf,
+    NodeAddress,
+    Part,
+    PartAddress,
+    UrlRow,
+    encode_node,
+)
+from mandapa.object_store.base import Buffer, ObjectStore
+
+__all__ = ["Upload"]
+
+_EMPTY = digest(b"")
+_READ = 2 << 20
+_GROWING_MIN = 1 << 20
+_GROUP = 2048  # files of which the rows are made together
+_SMALL_BYTES = 4 << 20  # of small files that are held until their chunks are looked up together
+_OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class _Small(NamedTuple):
+    """A small file that was read, and where its row belongs."""
+
+    position: int
+    at: str
+    mode: int
+    data: bytes
+    digest: bytes
+
+
+def _new_id() -> bytes:
+    return os.urandom(16)
+
+
+class Upload:
+    """Takes assets apart and puts their chunks into containers of one transaction.
+
+    A chunk is stored only if it is not in this upload yet, not reached from a node given to `seed`, not in the asset's
+    base row, and not known to the index. The bytes that are hashed are the bytes that are uploaded. Rows may be used
+    once `flush` has returned. Memory: about (``threads`` + 2) * 24 MiB, and what the rows take.
+
+    For one thread, and for the process that made it: elsewhere `ClosedError`. What it stores is a function of what was
+    added in what order, not of ``threads``.
+
+    Args:
+        store: Where containers go.
+        index: What this machine remembers of the repository.
+        codec: ``raw``, ``auto`` or ``dense``.
+        threads: Puts under way at once, and threads that hash and compress; 0 does all in the caller's thread.
+        new_id: Makes 16 random bytes, for the names of containers.
+        clock: Nanoseconds since the epoch, as file times are.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        index: Index,
+        codec: Mode = "auto",
+        threads: int = 2,
+        new_id: Callable[[], bytes] = _new_id,
+        clock: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._store = store
+        self._index = index
+        self._clock = clock
+        self._pid = os.getpid()
+        self._closed = False
+        self._packer = Packer(store, threads=threads, new_id=new_id)
+        self._placer = Placer(self._packer, index, codec=codec, threads=threads)
+        self._nodes = NodeReader(store, keep=256, on_leaf=index.feed)
+        self._cutter = Cutter()
+        self._sources: dict[str, str | bytes] = {}
+
+    @property
+    def table(self) -> list[bytes]:
+        """Every container that rows made here refer to; grows only."""
+        return self._packer.table
+
+    @property
+    def hits(self) -> set[bytes]:
+        """Containers named because a chunk was found in them, which are not reached from the base."""
+        return self._placer.hits
+
+    @property
+    def fresh(self) -> set[bytes]:
+        """Containers that this upload has put, is putting, or has begun to fill."""
+        return self._packer.fresh
+
+    @property
+    def added(self) -> int:
+        """Bytes handed to the store so far."""
+        return self._packer.added
+
+    @property
+    def before_first_put(self) -> Callable[[], None] | None:
+        """Called once, in the calling thread, before the first put."""
+        return self._packer.before_first_put
+
+    @before_first_put.setter
+    def before_first_put(self, call: Callable[[], None] | None) -> None:
+        self._packer.before_first_put = call
+
+    @property
+    def progress(self) -> Callable[[int], None] | None:
+        """Called with the bytes of each container that was put, from the thread that put it."""
+        return self._packer.progress
+
+    @progress.setter
+    def progress(self, call: Callable[[int], None] | None) -> None:
+        self._packer.progress = call
+
+    # Assets
+
+    def add_file(
+        self,
+        source: str,
+        at: str,
+        stat: os.stat_result | None = None,
+        *,
+        base: Located | None = None,
+        digest_hint: bytes | None = None,
+    ) -> Located:
+        """The row of a file, its bytes on their way into the store.
+
+        Args:
+            source: Where the file is.
+            at: Its path in the version, already checked.
+            stat: Of the file, if at hand: where the index knows that it has not changed since it was hashed, and its
+                bytes are in the base row or in the repository, it is not read.
+            base: The row at that path in the version that this one is made from.
+            digest_hint: The file's digest where the caller has asked the index (`Index.known_files`) already.
+
+        Raises:
+            NotFoundError: The file is gone.
+            AccessDeniedError: It may not be read.
+            InvalidInputError: Not a file; or it changed while it was added, and nothing of it is kept.
+            StorageError: A put failed, or the disk did.
+        """
+        self._check()
+        if stat is not None:
+            if digest_hint is None:
+                digest_hint = self._index.known_file(os.path.abspath(source), stat)
+            if digest_hint is not None:
+                located = self._reuse(at, stat.st_size, file_mode(stat), digest_hint, base)
+                if located is not None:
+                    self._sources[at] = source
+                    return located
+        located = self._read_file(source, at, base)
+        self._sources[at] = source
+        return located
+
+    def add_files(
+        self, found: Sequence[tuple[str, Found]], base_of: Callable[[str], Located | None]
+    ) -> Iterator[Located]:
+        """`add_file` of many, in order; the index is asked in batches, the rows come in groups.
+
+        Args:
+            found: Paths in the version, and the files as `walk` found them.
+            base_of: Gives the base row of a path; called once a path, in order.
+        """
+        self._check()
+        for start in range(0, len(found), _GROUP):
+            yield from self._add_group(found[start : start + _GROUP], base_of)
+
+    def add_bytes(self, at: str, data: Buffer, *, base: Located | None = None) -> Located:
+        """The row of an asset whose bytes are at hand; ``data`` may change after the call. Raises `StorageError`."""
+        self._check()
+        source = BytesSource(data)
+        hits = len(self.hits)
+        if source.size < STRUCTURED_MIN:
+            content = bytes(data)
+            located = self._place_small([_Small(0, at, 0, content, digest(content))], [base])[0]
+        else:
+            located = self._take(source, at, 0, base)
+        if len(self.hits) > hits or located.table is not self.table:
+            # Found, not stored: if what was found turns out to be condemned, only these bytes are left.
+            self._sources[at] = bytes(data)
+        return located
+
+    def seed(self, node: Leaf | Part) -> None:
+        """Chunks of a node that is reached from the base version: found from now on, and not counted as hits."""
+        self._placer.seed(node)
+
+    def put_node(self, hash_: bytes, stored: bytes, raw_size: int) -> NodeAddress:
+        """Put a manifest node into the current meta container."""
+        self._check()
+        return self._packer.add_node(hash_, stored, raw_size)
+
+    def flush(self) -> None:
+        """Close the open containers and wait until every put is acknowledged; raises the first error of any."""
+        self._check()
+        self._packer.flush()
+
+    def restore_row(self, located: Located, bad: Collection[bytes]) -> Located:
+        """The row with each chunk that lies in a ``bad`` container stored again, in a new one.
+
+        Bytes are taken from the old container while it is there, verified, else from where they were added from, if
+        that still has the same bytes.
+
+        Args:
+            located: A row; of this upload or of any version.
+            bad: Containers that are condemned or missing; none is used again by this upload.
+
+        Raises:
+            ConflictError: The bytes are in neither place: run the transaction again.
+        """
+        self._check()
+        self._placer.forget(bad)
+        row = located.row
+        if isinstance(row, UrlRow):
+            return located
+        try:
+            pieces = list(pieces_of(located, self._nodes.load))
+            chunks = self._store_again(pieces, row.path)
+        except (NotFoundError, CorruptionError):
+            return self._from_source(located)
+        if chunks is None and not (
+            isinstance(row, LargeFileRow)
+            and self._placer.bad.intersection([located.table[p.container] for p in row.parts])
+        ):
+            return located
+        if chunks is None:
+            chunks = self._adopt_all(pieces)
+        return self._located(row.path, row.size, row.mode, row.digest, chunks, None)
+
+    def close(self) -> None:
+        """Drop what is not flushed, wait for puts under way, release threads and memory. Any number of times."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._pid != os.getpid():
+            return
+        self._placer.close()
+        self._packer.close()
+        self._sources.clear()
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Whole files
+
+    def _reuse(self, at: str, size: int, mode: int, digest_: bytes, base: Located | None) -> Located | None:
+        """The row of an asset whose digest is known, without its bytes; None when they are needed."""
+        if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == digest_:
+            return self._relabel(base, at, mode)
+        if size == 0:
+            return Located(FileRow(at, 0, mode, _EMPTY, ()), self.table)
+        pieces: Sequence[Piece] | None
+        piece = self._placer.find([digest_]).get(digest_)
+        if piece is not None and piece.raw == size:
+            pieces = (piece,)
+        else:
+            pieces = self._index.lookup_asset(digest_)
+            if (
+                pieces is None
+                or sum([p.raw for p in pieces]) != size
+                or not self._placer.bad.isdisjoint([p[0] for p in pieces])
+            ):
+                return None
+        return self._located(at, size, mode, digest_, self._adopt_all(pieces), None)
+
+    def _relabel(self, base: Located, at: str, mode: int) -> Located | None:
+        row = base.row
+        assert not isinstance(row, UrlRow)
+        if self._placer.bad and not self._placer.bad.isdisjoint([base.table[n] for n in _numbers(row)]):
+            return None
+        if row.mode == mode and row.path == at:
+            return base
+        return Located(msgspec.structs.replace(row, path=at, mode=mode), base.table)
+
+    def _read_file(self, source: str, at: str, base: Located | None) -> Located:
+        with _explained(source):
+            started = self._clock()
+            fd = os.open(source, _OPEN)
+            try:
+                before = os.fstat(fd)
+                if not stat_.S_ISREG(before.st_mode):
+                    raise InvalidInputError(f"{source} is not a file")
+                content = FileSource(fd, size=before.st_size)
+                if content.size < STRUCTURED_MIN:
+                    data = _read_small(fd, content.size, source)
+                    located = self._place_small([_Small(0, at, file_mode(before), data, digest(data))], [base])[0]
+                else:
+                    located = self._take(content, at, file_mode(before), base)
+                assert isinstance(located.row, (FileRow, LargeFileRow))
+                if self._unchanged(fd, before, located.row.digest, source):
+                    self._index.remember_file(os.path.abspath(source), before, located.row.digest, started)
+            finally:
+                os.close(fd)
+        return located
+
+    def _unchanged(self, fd: int, before: os.stat_result, digest_: bytes, source: str) -> bool:
+        """Whether the file's times say that it did not change; `InvalidInputError` when it did."""
+        after = os.fstat(fd)
+        if after.st_size == before.st_size and after.st_mtime_ns == before.st_mtime_ns:
+            if after.st_ctime_ns == before.st_ctime_ns:
+                return True
+            # Only its inode moved: another name came or went (a rotated checkpoint does that), or a mode. Or not.
+            if _hash_file(fd, before.st_size) == digest_:
+                return False
+        raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
+
+    def _add_group(self, group: Sequence[tuple[str, Found]], base_of: Callable[[str], Located | None]) -> list[Located]:
+        digests = self._index.known_files([found for _, found in group])
+        bases = [base_of(at) for at, _ in group]
+        rows: list[Located | None] = [None] * len(group)
+        sources = self._sources
+        small: list[_Small] = []
+        size = 0
+        for i, (at, found) in enumerate(group):
+            known = digests[i]
+            base = bases[i]
+            source = found.source
+            sources[at] = source
+            if known is not None:
+                if base is not None and not self._placer.bad:
+                    row = base.row
+                    same = isinstance(row, FileRow) and row.digest == known and row.path == at
+                    if same and row.mode == file_mode(found.stat):  # type: ignore[union-attr]
+                        rows[i] = base
+                        continue
+                rows[i] = self._reuse(at, found.stat.st_size, file_mode(found.stat), known, base)
+                if rows[i] is not None:
+                    continue
+            if found.stat.st_size < STRUCTURED_MIN:
+                taken = self._read_for_later(i, at, source)
+                if taken is not None:
+                    small.append(taken)
+                    size += len(taken.data)
+                    if size >= _SMALL_BYTES:
+                        self._place_all(small, bases, rows)
+                        small, size = [], 0
+                    continue
+            self._place_all(small, bases, rows)
+            small, size = [], 0
+            rows[i] = self._read_file(source, at, base)
+        self._place_all(small, bases, rows)
+        return [row for row in rows if row is not None]
+
+    def _read_for_later(self, position: int, at: str, source: str) -> _Small | None:
+        """The bytes of a small file; None when it is not small any more."""
+        started = self._clock()
+        try:
+            fd = os.open(source, _OPEN)
+            try:
+                before = os.fstat(fd)
+                size = before.st_size
+                if size >= STRUCTURED_MIN or not stat_.S_ISREG(before.st_mode):
+                    return None
+                data = _read_small(fd, size, source)
+                hash_ = digest(data)
+                if self._unchanged(fd, before, hash_, source):
+                    self._index.remember_file(source, before, hash_, started)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise _explain(error, source) from error
+        return _Small(position, at, 1 if before.st_mode & 0o100 else 0, data, hash_)
+
+    def _place_all(self, small: list[_Small], bases: Sequence[Located | None], rows: list[Located | None]) -> None:
+        if small:
+            placed = self._place_small(small, [bases[s.position] for s in small])
+            for one, located in zip(small, placed, strict=True):
+                rows[one.position] = located
+
+    def _place_small(self, small: Sequence[_Small], bases: Sequence[Located | None]) -> list[Located]:
+        """Rows of files of one chunk; the index is asked once for all of them."""
+        rows: list[Located] = []
+        placer = self._placer
+        placed, table = placer.placed, self.table
+        wanted = [
+            one.digest
+            for one, base in zip(small, bases, strict=True)
+            if one.digest not in placed
+            and (base is None or isinstance(base.row, UrlRow) or base.row.digest != one.digest)
+        ]
+        found = self._placer.find(wanted) if wanted else {}
+        for (_, at, mode, data, hash_), base in zip(small, bases, strict=True):
+            if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == hash_:
+                located = self._relabel(base, at, mode)
+                if located is not None:
+                    rows.append(located)
+                    continue
+            if not data:
+                rows.append(Located(FileRow(at, 0, mode, _EMPTY, ()), table))
+                continue
+            chunk = placed.get(hash_)
+            if chunk is None:
+                known = found.get(hash_)
+                chunk = placer.adopt(known) if known is not None else placer.encode(data, hash_)
+            if chunk.hash:
+                chunk = _bare(chunk)
+            rows.append(Located(FileRow(at, len(data), mode, hash_, (chunk,)), table))
+        return rows
+
+    # Files of several chunks
+
+    def _take(self, source: Source, at: str, mode: int, base: Located | None) -> Located:
+        """The row of a source that may have several chunks."""
+        if base is not None and isinstance(base.row, UrlRow):
+            base = None
+        old = self._pieces_of_base(base)
+        known = {piece.hash: piece for piece in old}
+        asset = Hasher()
+        kept: list[Piece] = []
+        cuts: list[int] | None = None
+        hashed = start = 0
+        if base is not None and old and self._has_grown(source, base, old, asset):
+            hashed = sum([piece.raw for piece in old])
+            cuts = growing_cuts(source.size, _ends(old))
+            kept = old[: _common(cuts, _ends(old))]
+            start = cuts[len(kept) - 1] if kept else 0
+        else:
+            asset = Hasher()
+        views = self._cutter.cut(source, at, cuts=cuts, start=start)
+        chunks = self._adopt_all(kept)
+        chunks += self._placer.place_all(views, known, asset, hashed - start)
+        digest_ = asset.digest()
+        if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == digest_:
+            located = self._relabel(base, at, mode)
+            if located is not None:
+                return located
+        return self._located(at, source.size, mode, digest_, chunks, base)
+
+    def _pieces_of_base(self, base: Located | None) -> list[Piece]:
+        """The chunks of the base row; none where it cannot be used."""
+        if base is None:
+            return []
+        try:
+            pieces = list(pieces_of(base, self._nodes.load))
+        except (NotFoundError, CorruptionError):  # a reader of the base will say so
+            return []
+        containers = [piece.container for piece in pieces]
+        if not self._placer.bad.isdisjoint(containers):
+            return []
+        self._placer.inherit(containers)
+        return pieces
+
+    def _has_grown(self, source: Source, base: Located, old: list[Piece], asset: Hasher) -> bool:
+        """Whether the source starts with all bytes of the base; ``asset`` has hashed exactly them then."""
+        row = base.row
+        assert isinstance(row, (FileRow, LargeFileRow))
+        if source.size < _GROWING_MIN or not 0 < row.size < source.size or sum([p.raw for p in old]) != row.size:
+            return False
+        # The last and the first chunk tell at once in nearly every case that it is another file.
+        for piece, offset in ((old[-1], row.size - old[-1].raw), (old[0], 0)):
+            view = memoryview(bytearray(piece.raw))
+            if source.readinto(offset, view) != piece.raw or digest(view) != piece.hash:
+                return False
+        self._hash_prefix(source, row.size, asset)
+        return bool(asset.digest() == row.digest)
+
+    def _hash_prefix(self, source: Source, size: int, asset: Hasher) -> None:
+        """Hash the first bytes of a source, while the next ones are read."""
+        views = [memoryview(bytearray(_READ)), memoryview(bytearray(_READ))]
+        hashing: Future[object] | None = None
+        at = turn = 0
+        while at < size:
+            view = views[turn][: min(size - at, _READ)]
+            got = source.readinto(at, view)
+            if hashing is not None:
+                hashing.result()
+            if got != len(view):
+                return
+            hashing = self._placer.submit(asset.update, view)
+            at += got
+            turn ^= 1
+        if hashing is not None:
+            hashing.result()
+
+    def _adopt_all(self, pieces: Sequence[Piece]) -> list[tuple[bytes, Chunk]]:
+        return [(piece.hash, self._placer.adopt(piece)) for piece in pieces]
+
+    # Rows
+
+    def _located(
+        self, at: str, size: int, mode: int, digest_: bytes, chunks: list[tuple[bytes, Chunk]], base: Located | None
+    ) -> Located:
+        """The row of an asset of these chunks; parts that the base has too are used again."""
+        if len(chunks) == 1:
+            return Located(FileRow(at, size, mode, digest_, (_bare(chunks[0][1]),)), self.table)
+        named = [_named(chunk, hash_) for hash_, chunk in chunks]
+        if len(named) <= INLINE_CHUNKS:
+            return Located(FileRow(at, size, mode, digest_, tuple(named)), self.table)
+        table = self.table
+        if all(chunk.base is None for chunk in named):
+            self._index.remember_asset(digest_, [Piece(table[c.container], *_fields(c)) for c in named])
+        return Located(LargeFileRow(at, size, mode, digest_, tuple(self._parts(named, base))), table)
+
+    def _parts(self, chunks: list[Chunk], base: Located | None) -> Iterator[PartAddress]:
+        old = self._base_parts(base)
+        at = 0
+        while at < len(chunks):
+            end = min(at + PART_CHUNKS, len(chunks))
+            for i in range(at, end):
+                found = old.get(chunks[i].hash)
+                if found is not None and [c.hash for c in found[1].rows] == [
+                    c.hash for c in chunks[i : i + len(found[1].rows)]
+                ]:
+                    if i > at:
+                        yield self._new_part(chunks[at:i])
+                    yield found[0]
+                    at = i + len(found[1].rows)
+                    break
+            else:
+                yield self._new_part(chunks[at:end])
+                at = end
+
+    def _base_parts(self, base: Located | None) -> dict[bytes, tuple[PartAddress, Part]]:
+        """The parts of a base row by the hash of their first chunk."""
+        old: dict[bytes, tuple[PartAddress, Part]] = {}
+        if base is None or not isinstance(base.row, LargeFileRow) or self._placer.bad:
+            return old
+        for address in base.row.parts:
+            node = self._nodes.load(child_address(address, base.table))
+            assert isinstance(node, Part)
+            number = self._packer.number(base.table[address.container])
+            old[node.rows[0].hash] = (msgspec.structs.replace(address, container=number), node)
+        return old
+
+    def _new_part(self, chunks: Sequence[Chunk]) -> PartAddress:
+        numbers: dict[bytes, int] = {}
+        table = self.table
+
+        def number(container: int) -> int:
+            return numbers.setdefault(table[container], len(numbers))
+
+        rows = []
+        for c in chunks:
+            own = None if c.base is None else (number(c.base[0]), *c.base[1:])
+            rows.append(Chunk(number(c.container), c.offset, c.stored, c.raw, c.codec, c.hash, own))
+        node = Part(list(numbers), rows)
+        raw, stored = encode_node(node)
+        hash_ = digest(raw)
+        address = self._packer.add_node(hash_, stored, len(raw))
+        self._nodes.remember(hash_, node)
+        self._index.feed(node)
+        container = self._packer.number(address.container)
+        return PartAddress(container, address.offset, address.stored, hash_, sum([c.raw for c in rows]))
+
+    # Storing again
+
+    def _store_again(self, pieces: Sequence[Piece], path: str) -> list[tuple[bytes, Chunk]] | None:
+        """The chunks, those in bad containers read from there and stored anew; None when there are none."""
+        placer = self._placer
+        bad = [
+            p for p in pieces if p.container in placer.bad or (p.base is not None and p.base.container in placer.bad)
+        ]
+        if not bad:
+            return None
+        elsewhere = placer.find([piece.hash for piece in bad])
+        missing = [p for p in bad if p.hash not in placer.placed and p.hash not in elsewhere]
+        for piece, data in read_pieces(self._store, missing, threads=0, path=path):
+            if piece.hash not in placer.placed:
+                placer.encode(data, piece.hash)
+        found = []
+        lost = set(bad)
+        for piece in pieces:
+            chunk = placer.placed.get(piece.hash) if piece in lost else None
+            found.append((piece.hash, chunk or placer.adopt(elsewhere[piece.hash] if piece in lost else piece)))
+        return found
+
+    def _from_source(self, located: Located) -> Located:
+        row = located.row
+        assert isinstance(row, (FileRow, LargeFileRow))
+        source = self._sources.get(row.path)
+        try:
+            if isinstance(source, bytes):
+                again = self.add_bytes(row.path, source)
+            elif source is not None:
+                again = self._read_file(source, row.path, None)
+            else:
+                again = None
+        except (NotFoundError, InvalidInputError, AccessDeniedError):
+            again = None
+        if again is None or isinstance(again.row, UrlRow) or again.row.digest != row.digest:
+            raise ConflictError(
+                f"bytes of {row.path!r} that the repository held were deleted meanwhile, and "
+                f"{source if isinstance(source, str) else 'their source'} does not have them any more: "
+                "run the transaction again",
+                paths=(row.path,),
+            )
+        if again.row.mode == row.mode:
+            return again
+        return Located(msgspec.structs.replace(again.row, mode=row.mode), again.table)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise ClosedError("this upload is closed")
+        if self._pid != os.getpid():
+            raise ClosedError("this upload belongs to the process that forked this one: make one here")
+
+
+def _bare(chunk: Chunk) -> Chunk:
+    """Without its hash, as the only chunk of an asset is written."""
+    if not chunk.hash:
+        return chunk
+    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, b"", chunk.base)
+
+
+def _named(chunk: Chunk, hash_: bytes) -> Chunk:
+    if chunk.hash:
+        return chunk
+    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, chunk.base)
+
+
+def _fields(chunk: Chunk) -> tuple[int, int, int, int, bytes]:
+    return chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash
+
+
+def _numbers(row: FileRow | LargeFileRow) -> list[int]:
+    if isinstance(row, LargeFileRow):
+        return [part.container for part in row.parts]
+    return [chunk.container for chunk in row.chunks]
+
+
+def _ends(pieces: Sequence[Piece]) -> list[int]:
+    return list(accumulate([piece.raw for piece in pieces]))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many values stand at the start of both."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
+def _read_small(fd: int, size: int, source: str) -> bytes:
+    data = os.read(fd, size + 1)
+    while 0 < len(data) < size:  # some file systems give less than there is
+        more = os.read(fd, size + 1 - len(data))
+        if not more:
+            break
+        data += more
+    if len(data) != size:
+        raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
+    return data
+
+
+def _hash_file(fd: int, size: int) -> bytes:
+    hasher = Hasher()
+    view = memoryview(bytearray(min(size, _READ) or 1))
+    at = 0
+    while got := os.preadv(fd, [view], at):
+        hasher.update(view[:got])
+        at += got
+    return hasher.digest()
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    try:
+        yield
+    except MandapaError:
+        raise
+    except OSError as error:
+        raise _explain(error, source) from error
+
+
+def _explain(error: OSError, source: str) -> MandapaError:
+    if isinstance(error, MandapaError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"{source} is not there any more")
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(f"{source} may not be read: {error.strerror}")
+    return StorageError(f"{source} cannot be read: {error.strerror}")

@@ -1,0 +1,138 @@
+"""What a folder holds, in the order and under the names that a version knows."""
+
+from __future__ import annotations
+
+import os
+import stat
+from operator import itemgetter
+from typing import NamedTuple
+
+from mandapa.errors import AccessDeniedError, InvalidInputError, NotFoundError
+from mandapa.format.keys import MARKER
+from mandapa.format.strict import check_path
+
+__all__ = ["Found", "file_mode", "walk"]
+
+_NAMED = 10  # bad entries that one error names
+_REPOSITORY = ".mandapa"
+
+
+class Found(NamedTuple):
+    """One file below a folder."""
+
+    path: str
+    """Relative to the folder, ``/`` between segments, fit for a version."""
+    source: str
+    """Where to open it."""
+    stat: os.stat_result
+    """Of the file itself: a symlink was followed."""
+
+
+def file_mode(stat_: os.stat_result) -> int:
+    """The mode that a row keeps: 1 when the owner may execute the file, else 0."""
+    return 1 if stat_.st_mode & 0o100 else 0
+
+
+def walk(folder: str | os.PathLike[str], *, skip_special: bool = False) -> list[Found]:
+    """Every file at or below ``folder``, sorted by path; nothing is opened, each file is stat'ed once.
+
+    A symlink to a file stands for the file, one to a folder is followed. An embedded repository (``.mandapa`` with a
+    marker in it, directly in ``folder``) is left out, as it would hold itself.
+
+    Args:
+        folder: The folder; its own name is not part of the paths.
+        skip_special: Leave out dangling links, sockets, pipes and devices instead of refusing them.
+
+    Raises:
+        NotFoundError: ``folder`` is not there.
+        AccessDeniedError: A folder may not be read.
+        InvalidInputError: Not a folder; a symlink leads back to a folder above it; special files, or names that no
+            version can hold - the message names the first ten.
+    """
+    root = os.path.abspath(os.fspath(folder))
+    state = _Walk(skip_special)
+    try:
+        top = os.stat(root)
+    except FileNotFoundError:
+        raise NotFoundError(f"{root} is not there") from None
+    except OSError as error:
+        raise AccessDeniedError(f"cannot read {root}: {error.strerror}") from error
+    if not stat.S_ISDIR(top.st_mode):
+        raise InvalidInputError(f"{root} is not a folder")
+    state.scan(root, "", ((top.st_dev, top.st_ino),))
+    state.check()
+    state.found.sort(key=itemgetter(0))
+    return state.found
+
+
+class _Walk:
+    def __init__(self, skip_special: bool) -> None:
+        self._skip_special = skip_special
+        self.found: list[Found] = []
+        self._special: list[str] = []
+        self._names: list[str] = []
+
+    def scan(self, folder: str, prefix: str, above: tuple[tuple[int, int], ...]) -> None:
+        add = self.found.append
+        is_regular, is_folder = stat.S_ISREG, stat.S_ISDIR
+        folders: list[tuple[str, str, os.stat_result]] = []
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    path = prefix + entry.name
+                    try:
+                        found = entry.stat()
+                    except OSError as error:
+                        if _is_link(entry):  # dangling, or a loop of links
+                            self._special.append(path)
+                        elif not isinstance(error, FileNotFoundError):  # that one is gone since the listing
+                            raise
+                        continue
+                    mode = found.st_mode
+                    if is_regular(mode):
+                        try:
+                            add(Found(check_path(path), entry.path, found))
+                        except InvalidInputError:
+                            self._names.append(path)
+                    elif is_folder(mode):
+                        folders.append((path, entry.path, found))
+                    else:
+                        self._special.append(path)
+        except FileNotFoundError:
+            if not prefix:
+                raise NotFoundError(f"{folder} is not there") from None
+            return
+        except OSError as error:
+            raise AccessDeniedError(f"cannot read the folder {folder}: {error.strerror}") from error
+        for path, source, found in folders:
+            if path == _REPOSITORY and os.path.exists(os.path.join(source, MARKER)):
+                continue
+            identity = (found.st_dev, found.st_ino)
+            if identity in above:
+                raise InvalidInputError(f"the symlink {source} leads back to a folder above it: remove it, or add less")
+            self.scan(source, path + "/", (*above, identity))
+
+    def check(self) -> None:
+        if self._special and not self._skip_special:
+            raise InvalidInputError(
+                f"not files: {_some(self._special)} (dangling links, sockets, pipes or devices): "
+                "remove them, or skip special files"
+            )
+        if self._names:
+            raise InvalidInputError(
+                f"names that a version cannot hold: {_some(self._names)}: rename them (no control characters, "
+                "backslashes or bytes that are not UTF-8, 255 bytes a name and 1,024 a path, nothing in '.mandapa')"
+            )
+
+
+def _is_link(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink()
+    except OSError:
+        return False
+
+
+def _some(paths: list[str]) -> str:
+    paths.sort()
+    more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+    return ", ".join([repr(path) for path in paths[:_NAMED]]) + more

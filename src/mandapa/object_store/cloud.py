@@ -1,0 +1,257 @@
+"""What S3, GCS and Azure have in common, by obstore: requests, errors, forks. Each has its own file for the rest.
+
+Clients are made at first use, so that making a store costs nothing and a store can be handed to another process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from mandapa.errors import (
+    AccessDeniedError,
+    ClosedError,
+    CorruptionError,
+    InvalidInputError,
+    MandapaError,
+    NotFoundError,
+    StorageError,
+)
+from mandapa.object_store.base import Buffer, ObjectInfo
+from mandapa.object_store.cloud_errors import translate
+from mandapa.object_store.keys import check_key, check_prefix, check_ranges
+
+if TYPE_CHECKING:
+    from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
+
+    Client: TypeAlias = S3Store | GCSStore | AzureStore
+
+__all__ = ["CloudObjectStore", "environ", "require_metadata_service"]
+
+_MAX_PREFIX_BYTES = 500
+# The characters that reach all three services unchanged; obstore would percent-encode the others.
+_PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9 !_.'()@&$=;:+,-]+")
+
+_GAP = 16 * 1024
+"""Ranges nearer than this many bytes are one request: less than any link carries in one round trip."""
+_PAGE = 1000
+_METADATA_PATIENCE = 2.0  # seconds; machines that have a metadata service answer within milliseconds
+
+_GCLOUD_LOGIN = "~/.config/gcloud/application_default_credentials.json"
+
+
+class CloudObjectStore:
+    """What the three have in common: requests, errors, forks."""
+
+    _scheme: ClassVar[str]
+    _place: ClassVar[str]  # what the service calls it
+    _batch: ClassVar[int]  # keys in one delete
+    _permissions: ClassVar[Mapping[str, str]]  # for each thing we do, what the service calls the right to do it
+
+    def __init__(self, container: str, prefix: str, options: Mapping[str, Any]) -> None:
+        prefix = prefix.strip("/")
+        if not container or "/" in container:
+            raise InvalidInputError(f"{container!r} is not the name of a {self._place}")
+        for segment in prefix.split("/") if prefix else ():
+            if segment in {".", ".."} or not _PREFIX_SEGMENT.fullmatch(segment) or len(prefix) > _MAX_PREFIX_BYTES:
+                raise InvalidInputError(
+                    f"the prefix {prefix!r} must be segments of letters, digits, space and !_.'()@&$=;:+,- joined by "
+                    f"'/', {_MAX_PREFIX_BYTES} bytes at most"
+                )
+        self._container = container
+        self._prefix = prefix
+        self._options = {name: value for name, value in options.items() if value}
+        self._client: Client | None = None
+        self._place_seen = False
+
+    @property
+    def url(self) -> str:
+        """``<scheme>://<container>/<prefix>``; where the endpoint is, and who asks, are not part of it."""
+        return f"{self._scheme}://{self._container}" + (f"/{self._prefix}" if self._prefix else "")
+
+    def get(self, key: str) -> Buffer:
+        """The whole object, not copied. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`."""
+        import obstore
+
+        with self._asking("read", check_key(key)) as client:
+            return memoryview(obstore.get(client, key).bytes())
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """The bytes of each range; those within 16 KiB of each other share a request.
+
+        Raises as `get`, and `CorruptionError` beyond the end.
+        """
+        import obstore
+
+        check_ranges(ranges)
+        check_key(key)
+        wanted = [(offset, length) for offset, length in ranges if length]
+        if not wanted:
+            return [b"" for _ in ranges]
+        with self._asking("read", key) as client:
+            found = obstore.get_ranges(
+                client,
+                key,
+                starts=[offset for offset, _ in wanted],
+                lengths=[length for _, length in wanted],
+                coalesce=_GAP,
+            )
+        for (offset, length), piece in zip(wanted, found, strict=True):
+            if len(piece) != length:
+                raise CorruptionError(f"{self.url}/{key} ends before byte {offset + length}", key=key)
+        pieces = iter(found)
+        return [memoryview(next(pieces)) if length else b"" for _, length in ranges]
+
+    def head(self, key: str) -> ObjectInfo:
+        """Size and time. Raises as `get`."""
+        import obstore
+
+        try:
+            with self._asking("look for", check_key(key)) as client:
+                meta = obstore.head(client, key)
+        except NotFoundError:
+            self._check_place()
+            raise
+        return ObjectInfo(key, meta["size"], meta["last_modified"])
+
+    def list(self, prefix: str, *, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Objects under ``prefix`` in byte order; one request per 1,000. Raises `AccessDeniedError`, `StorageError`."""
+        import obstore
+
+        folder = check_prefix(prefix).rpartition("/")[0]
+        # obstore lists whole folders. Starting a character before the prefix's end skips most of what lies in front.
+        offset = max(start_after.rstrip("/"), prefix.rstrip("/")[:-1])
+        with self._asking("list", prefix) as client:
+            pages = obstore.list(client, folder or None, offset=offset or None, chunk_size=_PAGE)
+        last = ""
+        while True:
+            with self._asking("list", prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            for meta in page:
+                key = meta["path"]
+                if key <= last:
+                    raise StorageError(f"{self.url} lists {key!r} after {last!r}: mandapa needs lists in byte order")
+                last = key
+                if key.startswith(prefix):
+                    if key > start_after:
+                        yield ObjectInfo(key, meta["size"], meta["last_modified"])
+                elif key > prefix:
+                    return
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Store ``data`` in one request. Raises `AccessDeniedError`, `StorageError`."""
+        import obstore
+
+        with self._asking("write", check_key(key)) as client:
+            obstore.put(client, key, data, use_multipart=False)
+
+    def create(self, key: str, data: Buffer) -> None:
+        """Store ``data`` in one request unless the key is taken. Raises as `put`, and `AlreadyExistsError`."""
+        import obstore
+
+        with self._asking("create", check_key(key)) as client:
+            obstore.put(client, key, data, mode="create", use_multipart=False)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; many in one request where the service can. Raises `AccessDeniedError`, `StorageError`."""
+        import obstore
+
+        waiting = [check_key(key) for key in keys]
+        for batch in (waiting[i : i + self._batch] for i in range(0, len(waiting), self._batch)):
+            try:
+                with self._asking("delete", batch[0]) as client:
+                    obstore.delete(client, batch)
+            except NotFoundError:
+                # GCS and Azure call a missing key an error, which hides what became of the others.
+                for key in batch:
+                    with suppress(NotFoundError), self._asking("delete", key) as client:
+                        obstore.delete(client, key)
+
+    def __repr__(self) -> str:
+        endpoint = self._options.get("endpoint_url")
+        return f"{type(self).__name__}({self.url!r}" + (f", endpoint_url={endpoint!r})" if endpoint else ")")
+
+    def __reduce__(self) -> tuple[partial[CloudObjectStore], tuple[()]]:
+        return partial(type(self), self._container, self._prefix, **self._options), ()
+
+    def _connect(self) -> Client:
+        raise NotImplementedError
+
+    @contextmanager
+    def _asking(self, doing: str, key: str) -> Iterator[Client]:
+        """A client that works in this process; obstore's errors become ours."""
+        _claim_process(self.url)
+        try:
+            if self._client is None:
+                self._client = self._connect()
+            yield self._client
+        except MandapaError:
+            raise
+        except Exception as error:  # noqa: BLE001 - obstore also raises built-in errors; all of them are told apart there
+            raise translate(
+                error, doing=doing, key=key, url=self.url, place=self._place, permissions=self._permissions
+            ) from None
+        self._place_seen = True
+
+    def _check_place(self) -> None:
+        """A HEAD of a missing key and one in a missing bucket get the same bare 404: ask once which it was."""
+        if not self._place_seen:
+            next(self.list(""), None)
+
+    def _client_options(self, endpoint: str | None) -> ClientConfig:
+        defaults: ClientConfig = {
+            "connect_timeout": timedelta(seconds=5),
+            # For the whole request: obstore's 30 s would cut off a 32 MiB pack on any link below 1 MB/s.
+            "timeout": timedelta(seconds=300),
+            "allow_http": (endpoint or "").startswith("http://"),
+        }
+        given: ClientConfig = self._options.get("client_options", {})
+        return {**defaults, **given}
+
+    def _retry_config(self) -> RetryConfig:
+        # Few and short: they smooth over a dropped connection. Patience is RetryingObjectStore's business.
+        return {
+            "max_retries": 2,
+            "retry_timeout": timedelta(seconds=60),
+            "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=1), "base": 2},
+        }
+
+
+_process: list[int] = []
+
+
+def _claim_process(url: str) -> None:
+    """The threads behind all clients belong to the process that first used one; a fork does not take them along."""
+    pid = os.getpid()
+    if not _process:
+        _process.append(pid)
+    if _process[0] != pid:
+        raise ClosedError(
+            f"{url} cannot be used in this process: it was forked from one that had used an object store client, and "
+            "clients do not survive that. Start processes by 'spawn' or 'forkserver', or use stores only in the child"
+        )
+
+
+def require_metadata_service(url: str, host: str, advice: str) -> None:
+    """Nothing, on a cloud's machine, where ``host`` answers; elsewhere obstore would go on asking it for minutes.
+
+    Raises:
+        AccessDeniedError: it does not answer within two seconds; ``advice`` says what to do instead.
+    """
+    try:
+        socket.create_connection((host, 80), timeout=_METADATA_PATIENCE).close()
+    except OSError:
+        raise AccessDeniedError(f"no credentials for {url} on this machine: {advice}") from None
+
+
+def environ(*names: str) -> str | None:
+    """The first of these environment variables that is set and not empty."""
+    return next(filter(None, map(os.environ.get, names)), None)

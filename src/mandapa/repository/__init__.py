@@ -1,0 +1,1 @@
+"""Versions: artifacts, their logs, transactions, and the repository that holds them."""

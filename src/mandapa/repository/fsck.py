@@ -1,0 +1,333 @@
+"""The check of a repository: exactly the invariants of docs/format.md, one after the other; nothing is changed."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mandapa.content.codecs import decode
+from mandapa.content.parallel import in_order
+from mandapa.content.transfer import pieces_of, read_pieces
+from mandapa.content.tree import Located, NodeReader, child_address
+from mandapa.digest import Hasher, digest
+from mandapa.errors import CorruptionError, FormatVersionError, MandapaError, NotFoundError
+from mandapa.format.keys import CATALOG, GC, container_key, head_key
+from mandapa.format.manifest import (
+    Branch,
+    ChildRow,
+    FileRow,
+    LargeFileRow,
+    Leaf,
+    NodeAddress,
+    NodeCutter,
+    Part,
+    UrlRow,
+    decode_node,
+    node_digest,
+)
+from mandapa.format.pack import KIND_CHUNK, TRAILER_SIZE, read_pack_table
+from mandapa.format.records import decode_gc_list, decode_head
+from mandapa.object_store.base import ObjectStore
+from mandapa.repository.log import Log
+from mandapa.repository.repository import Repository
+from mandapa.repository.state import ArtifactState, CatalogState, VersionState
+from mandapa.repository.version import root_of
+
+__all__ = ["Finding", "FsckReport", "fsck"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One place where the repository is not as it should be."""
+
+    invariant: str
+    """Its number in docs/format.md: ``I1``, ``I2``..."""
+    where: str
+    """An address, or the key of an object."""
+    problem: str
+
+
+@dataclass(slots=True)
+class FsckReport:
+    """What a check found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    checked: Counter[str] = field(default_factory=Counter)
+    """How many ``artifacts``, ``versions``, ``assets``, ``nodes``, ``containers``, ``bytes`` were looked at."""
+    hurt: list[str] = field(default_factory=list)
+    """Addresses of live versions that cannot be read in full."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+
+def fsck(
+    repository: Repository, *, deep: bool = False, progress: Callable[[str, int], None] | None = None
+) -> FsckReport:
+    """Check every invariant of the format over the whole repository; with ``deep`` every stored byte too.
+
+    A reader like any other: it holds nothing and blames no version that was deleted meanwhile. Requests: one for each
+    record, for each manifest node, and one for each 1,000 objects; ``deep`` reads each container twice.
+    ``progress`` gets what is being counted and the count so far.
+
+    Raises:
+        StorageError: The store failed, so there is no verdict.
+    """
+    check = _Check(repository, progress)
+    check.run(deep)
+    return check.report
+
+
+class _Summary(NamedTuple):
+    """What is below a node."""
+
+    digest: bytes
+    assets: int
+    size: int
+    level: int
+
+
+class _Check:
+    def __init__(self, repository: Repository, progress: Callable[[str, int], None] | None) -> None:
+        self.report = FsckReport()
+        self._repo = repository
+        self._store: ObjectStore = repository.store
+        self._progress = progress
+        self._reader = NodeReader(self._store)
+        self._summaries: dict[tuple[NodeAddress, bool], _Summary] = {}
+        self._reached: dict[NodeAddress, set[bytes]] = {}
+        self._extent: dict[bytes, int] = {}
+        self._users: defaultdict[bytes, set[str]] = defaultdict(set)
+        self._files: dict[bytes, Located] = {}
+        self._sizes: dict[str, int] = {}
+
+    def run(self, deep: bool) -> None:
+        catalog = Log(self._store, CATALOG, CatalogState, threads=self._repo.threads, heads=False)
+        self._read(catalog, "catalog")
+        live: list[tuple[str, Log[ArtifactState], VersionState]] = []
+        artifacts = [(name, id_) for name, id_ in catalog.state.names.items()]
+        artifacts += [(name, id_) for id_, name in catalog.state.removed.items()]
+        for name, id_ in sorted(artifacts):
+            log = Log(self._store, id_, ArtifactState, threads=self._repo.threads, heads=False)
+            self._read(log, name)
+            self._count("artifacts")
+            if not log.state.closed:
+                live += [(name, log, log.state.versions[number]) for number in log.state.live()]
+        for name, log, version in live:
+            self._version(name, log, version)
+        self._containers(live)
+        self._lists()
+        if deep:
+            self._deep()
+
+    def _found(self, invariant: str, where: str, problem: object) -> None:
+        self.report.findings.append(Finding(invariant, where, str(problem)))
+
+    def _count(self, what: str, more: int = 1) -> None:
+        self.report.checked[what] += more
+        if self._progress is not None:
+            self._progress(what, self.report.checked[what])
+
+    def _read(self, log: Log[CatalogState] | Log[ArtifactState], where: str) -> None:
+        """Records without gaps, sealed, chained, each op fitting the state before it; and the head says the same."""
+        try:
+            log.refresh()
+        except (CorruptionError, FormatVersionError) as error:
+            self._found("I3", where, error)
+        try:
+            lines = decode_head(self._store.get(head_key(log.id)), key=head_key(log.id))
+        except NotFoundError:
+            return
+        except CorruptionError as error:
+            self._found("I9", head_key(log.id), error)
+            return
+        if lines != log.lines[: len(lines)]:
+            self._found("I9", head_key(log.id), "does not hold the log's records")
+
+    def _version(self, name: str, log: Log[ArtifactState], version: VersionState) -> None:
+        where = f"{name}:v{version.op.number}"
+        try:
+            self._repo.check_features(version.requires, where)
+            root = root_of(version.root)
+            summary = self._node(root, last=True)
+            self._use(root, where)
+        except NotFoundError as error:
+            if self._still_wanted(log, version):
+                self._hurt("I4", where, error)
+            return
+        except (CorruptionError, FormatVersionError) as error:
+            self._hurt("I4", where, error)
+            return
+        self._count("versions")
+        op = version.op
+        if summary.digest.hex() != op.digest:
+            self._hurt("I6", where, "its content has another digest than its record says")
+        if (summary.assets, summary.size) != (op.assets, op.bytes):
+            self._found("I6", where, f"holds {summary.assets} assets, {summary.size} bytes; its record says otherwise")
+
+    def _hurt(self, invariant: str, where: str, problem: object) -> None:
+        self._found(invariant, where, problem)
+        if where not in self.report.hurt:
+            self.report.hurt.append(where)
+
+    @staticmethod
+    def _still_wanted(log: Log[ArtifactState], version: VersionState) -> bool:
+        """Whether, after another look, the log still says that the version is live and stored there."""
+        state = log.refresh()
+        return not state.closed and state.is_live(version.op.number, version.root)
+
+    # -- manifests ----------------------------------------------------------------------------------------------------
+
+    def _node(self, address: NodeAddress, *, last: bool) -> _Summary:
+        """Check a node and all below it, once however many versions share it; ``last``: none follows on its level."""
+        known = self._summaries.get((address, last))
+        if known is None:
+            known = self._summaries[address, last] = self._check_node(address, last)
+        return known
+
+    def _check_node(self, address: NodeAddress, last: bool) -> _Summary:
+        node = self._reader.load(address)
+        key = container_key(address.container)
+        if isinstance(node, Part):
+            raise CorruptionError(f"{key}: a list of chunks where a node of assets should be", key=key)
+        self._count("nodes")
+        reached = self._reached[address] = {address.container}
+        self._extend(address.container, address.offset + address.stored)
+        level = node.level if isinstance(node, Branch) else 0
+        needed: set[int] = set()
+        if isinstance(node, Leaf):
+            for row in node.rows:
+                needed |= self._row(Located(row, node.containers), reached)
+            self._count("assets", len(node.rows))
+            assets, size = len(node.rows), sum([row.size or 0 for row in node.rows])
+        else:
+            for at, child in enumerate(node.rows):
+                self._child(node, child, key, reached, last=last and at == len(node.rows) - 1)
+                needed.add(child.container)
+            assets, size = sum([row.assets for row in node.rows]), sum([row.size for row in node.rows])
+        if needed != set(range(len(node.containers))):
+            self._found("I5", key, "a manifest node names containers that none of its rows needs")
+        cutter = NodeCutter(level)
+        ends = [cutter.ends_after(row.path) for row in node.rows]
+        if any(ends[:-1]) or not (last or ends[-1]):
+            self._found("I5", key, "a manifest node does not end where the format says")
+        return _Summary(node_digest(node), assets, size, level)
+
+    def _child(self, branch: Branch, row: ChildRow, key: str, reached: set[bytes], *, last: bool) -> None:
+        address = child_address(row, branch.containers)
+        if self._node(address, last=last) != _Summary(row.digest, row.assets, row.size, branch.level - 1):
+            raise CorruptionError(f"{key}: the node at {row.path!r} does not hold what its parent says", key=key)
+        node = self._reader.load(address)
+        if isinstance(node, Part) or node.rows[0].path != row.path:
+            raise CorruptionError(f"{key}: the node at {row.path!r} starts elsewhere", key=key)
+        reached |= self._reached[address]
+
+    def _row(self, located: Located, reached: set[bytes]) -> set[int]:
+        """Note what a row needs; gives the container numbers that it uses."""
+        row, table = located
+        if isinstance(row, UrlRow):
+            return set()
+        self._files.setdefault(row.digest, located)
+        for piece in pieces_of(located, self._reader.load):
+            self._extend(piece.container, piece.offset + piece.stored)
+            reached.add(piece.container)
+            if piece.base is not None:
+                self._extend(piece.base.container, piece.base.offset + piece.base.stored)
+                reached.add(piece.base.container)
+        if isinstance(row, LargeFileRow):
+            for part in row.parts:
+                self._extend(table[part.container], part.offset + part.stored)
+                reached.add(table[part.container])
+            return {part.container for part in row.parts}
+        return {number for chunk in row.chunks for number in (chunk.container, *((chunk.base or ())[:1]))}
+
+    def _extend(self, container: bytes, end: int) -> None:
+        if end > self._extent.get(container, 0):
+            self._extent[container] = end
+
+    def _use(self, root: NodeAddress, where: str) -> None:
+        for container in self._reached[root]:
+            self._users[container].add(where)
+
+    # -- objects ------------------------------------------------------------------------------------------------------
+
+    def _containers(self, live: list[tuple[str, Log[ArtifactState], VersionState]]) -> None:
+        """Every container that is named is there, and long enough for what is named in it."""
+        for prefix in ("packs/", "meta/"):
+            self._sizes.update((info.key, info.size) for info in self._store.list(prefix))
+        by_address = {f"{name}:v{version.op.number}": (log, version) for name, log, version in live}
+        for container, end in sorted(self._extent.items()):
+            key = container_key(container)
+            size = self._sizes.get(key)
+            self._count("containers")
+            if size is not None and size >= end + TRAILER_SIZE:
+                self._count("bytes", size)
+                continue
+            problem = f"{key} is missing" if size is None else f"{key} is cut: {size} bytes"
+            for where in sorted(self._users[container]):
+                if self._still_wanted(*by_address[where]):
+                    self._hurt("I7", where, problem)
+
+    def _lists(self) -> None:
+        for info in self._store.list(GC):
+            try:
+                decode_gc_list(self._store.get(info.key), key=info.key)
+            except NotFoundError:
+                continue
+            except CorruptionError as error:
+                self._found("I10", info.key, error)
+
+    def _deep(self) -> None:
+        """Every chunk of every container decodes to its hash; every asset's chunks make its digest."""
+        named = {container_key(container): container for container in self._extent}
+
+        def container(key: str) -> list[str]:
+            try:
+                data = self._store.get(key)
+            except NotFoundError:
+                return []  # a gc took it meanwhile; a named one was looked for before
+            return list(_broken(memoryview(data), key))
+
+        for key, problems in zip(
+            list(self._sizes), in_order(container, list(self._sizes), threads=self._repo.threads), strict=True
+        ):
+            for problem in problems:
+                users = sorted(self._users.get(named.get(key, b""), ()))
+                for where in users:
+                    self._hurt("I8", where, problem)
+                if not users:
+                    self._found("I8", key, problem)
+            self._count("bytes read", self._sizes[key])
+        for expected, located in self._files.items():
+            row = located.row
+            assert isinstance(row, FileRow | LargeFileRow)
+            try:
+                hasher = Hasher()
+                pieces = pieces_of(located, self._reader.load)
+                for _, data in read_pieces(self._store, pieces, path=row.path, threads=self._repo.threads):
+                    hasher.update(data)
+                if hasher.digest() != expected:
+                    self._found("I8", row.path, "the chunks are whole, but do not make the asset's digest")
+            except MandapaError as error:
+                self._found("I8", row.path, error)
+
+
+def _broken(data: memoryview, key: str) -> Iterator[str]:
+    """What is wrong with a whole container."""
+    try:
+        for entry in read_pack_table(data, key=key):
+            stored = data[entry.offset : entry.offset + entry.stored]
+            try:
+                if entry.kind == KIND_CHUNK:
+                    if digest(decode(entry.codec, stored, entry.raw)) != entry.hash:
+                        yield f"{key}: the chunk at {entry.offset} is not what was stored"
+                else:
+                    decode_node(stored, entry.hash, key=key)
+            except (CorruptionError, FormatVersionError) as error:
+                yield f"{key}: the chunk at {entry.offset}: {error}"
+    except (CorruptionError, FormatVersionError) as error:
+        yield str(error)

@@ -1,0 +1,258 @@
+"""A log of numbered, create-only records: reading to its tail, and the one way to append. Source: docs/format.md §8."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Generic, TypeVar
+
+from mandapa.content.parallel import in_order
+from mandapa.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    CorruptionError,
+    FormatVersionError,
+    MandapaError,
+    NotFoundError,
+    StorageError,
+)
+from mandapa.format.keys import head_key, log_key, log_prefix, parse_seq
+from mandapa.format.records import Op, Record, decode_head, decode_record, encode_head, encode_record
+from mandapa.object_store.base import Buffer, ObjectStore
+from mandapa.repository.state import LogState, PreconditionError, fold
+
+__all__ = ["Author", "Log"]
+
+State = TypeVar("State", bound=LogState)
+
+HEAD_EVERY = 64
+"""A head is written when so many records came after the last one that was seen."""
+
+ATTEMPTS = 40
+"""Tries at one slot that stays empty before the store is given up; with back-off about two minutes."""
+
+
+class Author:
+    """Who appends, and with what clock and dice.
+
+    ``at`` of a record is by this clock and only shown to people; ``sleep`` and ``random`` pace retries.
+    """
+
+    def __init__(
+        self,
+        by: str = "",
+        *,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sleep: Callable[[float], None] = time.sleep,
+        random: random.Random | random.SystemRandom | None = None,
+    ) -> None:
+        self.by = by
+        self.clock = clock
+        self.sleep = sleep
+        self.random = random if random is not None else _SYSTEM
+
+    def new_id(self) -> bytes:
+        """128 random bits."""
+        return self.random.getrandbits(128).to_bytes(16, "big")
+
+    def now(self) -> str:
+        """The time of a record."""
+        return self.clock().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+    def back_off(self, attempt: int) -> None:
+        """Wait a random time that grows with the number of failures, 5 s at most."""
+        self.sleep(self.random.uniform(0, min(5.0, 0.01 * 2 ** min(attempt, 12))))
+
+
+_SYSTEM = random.SystemRandom()
+
+
+class Log(Generic[State]):
+    """The records of one log, as far as they were read, and their folded state. Safe to use from several threads."""
+
+    def __init__(
+        self, store: ObjectStore, log_id: str, state: Callable[[], State], *, threads: int = 8, heads: bool = True
+    ) -> None:
+        self.id = log_id
+        self.records: list[Record] = []
+        self.state = state()
+        self._new_state = state
+        self.lines: list[bytes] = []
+        self._store = store
+        self._threads = threads
+        self._heads = heads
+        self._lock = threading.RLock()
+        self._head = 0
+
+    def find(self, txn: str) -> Record | None:
+        """The record of a transaction among those that were read."""
+        return next((record for record in reversed(self.records) if record.txn == txn), None)
+
+    def refresh(self) -> State:
+        """Read on to the tail and give the state there.
+
+        One request when nothing is new. The first time: with a head, three requests and one for each record after it;
+        without, one for each 1,000 records to list them and one for each record, in parallel.
+
+        Raises:
+            CorruptionError: A record is missing, altered, or does not follow from those before it.
+            FormatVersionError: A record needs a newer mandapa.
+        """
+        with self._lock:
+            if not self.records:
+                if self._heads:
+                    self._read_head()
+                self._read_listed()
+            else:
+                try:
+                    data = self._store.get(self._key(len(self.records)))
+                except NotFoundError:
+                    return self.state
+                self._take(data)
+                self._read_listed()
+            return self.state
+
+    def append(
+        self,
+        txn: str,
+        build: Callable[[State], Iterable[Op]],
+        author: Author,
+        *,
+        since: int | None = None,
+        on_record: Callable[[Record], None] | None = None,
+        run: str = "",
+        used: tuple[str, ...] = (),
+    ) -> Record:
+        """Append one record, exactly once, whatever the store answers. Source: docs/format.md, "Commit".
+
+        ``build`` makes the ops for the state before the slot that is tried next, and raises if that state forbids
+        them; it is called again for each slot. Records from number ``since`` on (default: those not read yet) that are
+        not ours go to ``on_record`` first, which re-checks or rebases and may raise. A record of transaction ``txn``
+        found among them is the answer: nothing is appended twice.
+
+        Two requests when no one else commits: the create, and nothing to read back when it is acknowledged.
+
+        Raises:
+            ConflictError, NotFoundError, InvalidInputError: From ``build`` and ``on_record``.
+            StorageError: The store failed, or keeps refusing a slot that is empty. The record may still land; the same
+                transaction id finds it.
+        """
+        with self._lock:
+            position = len(self.records) if since is None else since
+            lost = 0
+            while True:
+                while position < len(self.records):
+                    record = self.records[position]
+                    if record.txn == txn:
+                        return record
+                    position += 1
+                    if on_record is not None:
+                        on_record(record)
+                if self.state.read_only:
+                    raise FormatVersionError(f"{self.id}: its log holds ops of a newer mandapa: upgrade to write to it")
+                ops = tuple(build(self.state))
+                try:
+                    _check(self.state, ops)
+                except PreconditionError as error:
+                    raise ConflictError(str(error)) from None
+                record = Record(
+                    seq=position,
+                    txn=txn,
+                    prev=self.records[-1].seal if self.records else "",
+                    at=author.now(),
+                    by=author.by,
+                    ops=ops,
+                    run=run,
+                    used=used,
+                )
+                self._take(self._put(encode_record(record), position, author))
+                if self.records[position].txn == txn:
+                    self._write_head()
+                    return self.records[position]
+                lost += 1
+                author.back_off(lost)
+                self._read_listed()
+
+    def _put(self, data: bytes, seq: int, author: Author) -> Buffer:
+        """Try one slot with the same bytes until it is known to be taken; gives what stands there."""
+        key = self._key(seq)
+        for attempt in range(ATTEMPTS):
+            try:
+                self._store.create(key, data)
+            except AlreadyExistsError:
+                pass
+            except StorageError as error:
+                if not error.retryable:
+                    raise
+            else:
+                return data
+            try:
+                return self._store.get(key)
+            except NotFoundError:
+                author.back_off(attempt)
+        raise StorageError(
+            f"{self._store.url}: {key} is refused again and again though nothing is there; try later", retryable=True
+        )
+
+    def _key(self, seq: int) -> str:
+        return log_key(self.id, seq)
+
+    def _take(self, data: Buffer) -> None:
+        seq = len(self.records)
+        key = self._key(seq)
+        record = decode_record(data, key=key, seq=seq)
+        if record.prev != (self.records[-1].seal if self.records else ""):
+            raise CorruptionError(f"{key} does not follow the record before it", key=key)
+        fold(self.state, record, key=key)
+        self.records.append(record)
+        self.lines.append(bytes(data))
+
+    def _read_listed(self) -> None:
+        """Read every record that a listing shows after those known."""
+        known = len(self.records)
+        start = self._key(known - 1) if known else ""
+        keys = [info.key for info in self._store.list(log_prefix(self.id), start_after=start)]
+        for at, key in enumerate(keys, known):
+            if parse_seq(key) != at:
+                raise CorruptionError(f"{self._key(at)} is missing, though {key} is there", key=self._key(at))
+        for data in in_order(self._store.get, keys, threads=self._threads):
+            self._take(data)
+
+    def _read_head(self) -> None:
+        """Start from the head when it holds the records up to one that stands in the log; it is only a cache."""
+        try:
+            lines = decode_head(self._store.get(head_key(self.id)), key=head_key(self.id))
+            if not lines or self._store.get(self._key(len(lines) - 1)) != lines[-1]:
+                return
+        except (NotFoundError, CorruptionError):
+            return
+        # The last line is the log's own, and each line names the hash of the one before: so all of them are.
+        try:
+            for line in lines:
+                self._take(line)
+        except CorruptionError:
+            self.records, self.lines, self.state = [], [], self._new_state()
+        self._head = len(self.records)
+
+    def _write_head(self) -> None:
+        if len(self.records) - self._head < HEAD_EVERY:
+            return
+        self._head = len(self.records)
+        try:
+            self._store.put(head_key(self.id), encode_head(self.lines))
+        except MandapaError:
+            # The commit stands; a head only saves requests, and the next writer tries again.
+            return
+
+
+def _check(state: LogState, ops: Iterable[Op]) -> None:
+    """Raise unless the ops fit, each the state that those before it leave."""
+    trial = state.copy()
+    for op in ops:
+        trial.apply(op, _NO_RECORD)
+
+
+_NO_RECORD = Record(seq=0, txn="", prev="", at="", by="", ops=())

@@ -1,0 +1,224 @@
+"""A repository: one prefix of one object store, with a marker; it holds artifacts."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import threading
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from typing import Any, get_args
+
+from mandapa.address import parse_address
+from mandapa.content.codecs import Mode
+from mandapa.content.index import Index
+from mandapa.content.tree import NodeReader
+from mandapa.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    FormatVersionError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
+from mandapa.format.keys import CATALOG, MARKER
+from mandapa.format.records import Op, RegisterOp, SettingsOp, decode_marker, encode_marker
+from mandapa.format.strict import check_name
+from mandapa.object_store.base import ObjectStore
+from mandapa.object_store.probe import probe
+from mandapa.object_store.retry import RetryingObjectStore
+from mandapa.object_store.single_writer import SingleWriterObjectStore
+from mandapa.repository.artifact import Artifact
+from mandapa.repository.log import Author, Log
+from mandapa.repository.state import ArtifactState, CatalogState
+from mandapa.repository.version import Version
+
+__all__ = ["FEATURES", "Repository"]
+
+FEATURES: frozenset[str] = frozenset()
+"""Features beyond the base format that this mandapa can read; a version that requires another one is refused."""
+
+
+class Repository:
+    """Artifacts and their histories under one prefix of one object store. No server, no lock: any number may write.
+
+    Args:
+        store: Where it is.
+        cache_dir: A folder for the local index (what chunks the repository has, which files did not change); None keeps
+            the index in memory. It is only ever a help: losing it costs time, not data.
+        codec: ``auto``, ``raw`` or ``dense``: how new chunks are stored.
+        threads: For transfers; 0 does everything in the caller's thread.
+        author: Who commits, and with which clock and dice.
+
+    Raises:
+        NotFoundError: There is no repository at that place.
+        FormatVersionError: It is of a format that this mandapa does not read.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        codec: Mode = "auto",
+        threads: int = 4,
+        author: Author | None = None,
+    ) -> None:
+        if codec not in get_args(Mode):
+            raise InvalidInputError(f"codec={codec!r}: use one of {', '.join(get_args(Mode))}")
+        self.author = author or Author()
+        self.codec = codec
+        self.threads = threads
+        self.url = store.url
+        patient = RetryingObjectStore(store, sleep=self.author.sleep)
+        try:
+            self.id = decode_marker(patient.get(MARKER), key=MARKER).id
+        except NotFoundError:
+            raise NotFoundError(
+                f"there is no repository at {store.url}: make one with 'mandapa init' or open(..., create=True)"
+            ) from None
+        self.store: ObjectStore = patient
+        self._logs: dict[str, Log[ArtifactState]] = {}
+        self._lock = threading.Lock()
+        self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
+        if self.catalog.refresh().settings.get("writers") == "single":
+            self.store = SingleWriterObjectStore(patient)
+            self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
+        self.index = Index(cache_dir, repository=self.id, url=store.url)
+        self.reader = NodeReader(self.store, on_leaf=self.index.feed)
+
+    @classmethod
+    def create(cls, store: ObjectStore, *, single_writer: bool = False, **options: Any) -> Repository:
+        """Make a repository where nothing is, or open the one that is there.
+
+        The store is probed first: one that does not keep create-if-absent is refused, unless ``single_writer`` promises
+        that never two processes write at once; that promise is recorded, and holds for everybody.
+
+        Raises:
+            InvalidInputError: Something else is under the prefix.
+            StorageError: The store cannot be trusted with several writers, or failed.
+        """
+        author: Author = options.get("author") or Author()
+        patient = RetryingObjectStore(store, sleep=author.sleep)
+        try:
+            patient.get(MARKER)
+        except NotFoundError:
+            cls._make(store, patient, author, single_writer)
+        return cls(store, **options)
+
+    @staticmethod
+    def _make(store: ObjectStore, patient: ObjectStore, author: Author, single_writer: bool) -> None:
+        stranger = next(iter(patient.list("")), None)
+        if stranger is not None:
+            raise InvalidInputError(
+                f"{store.url} holds other things (such as {stranger.key!r}) and no repository: choose an empty prefix"
+            )
+        result = probe(patient)
+        if single_writer:
+            patient = SingleWriterObjectStore(patient)
+        elif result.verdict != "ok":
+            raise StorageError(
+                f"{store.url} cannot be trusted with several writers: {'; '.join(result.reasons)}. If only one process "
+                "will ever write at a time, say so with 'mandapa init --single-writer'"
+            )
+        try:
+            patient.create(MARKER, encode_marker(author.new_id().hex()))
+        except AlreadyExistsError:
+            return  # another process made it at the same time: that one it is
+        settings = {
+            "writers": "single" if single_writer else "many",
+            "probe": {
+                "verdict": result.verdict,
+                "reasons": list(result.reasons),
+                "spurious_conflicts": result.spurious_conflicts,
+                "at": author.now(),
+            },
+        }
+        catalog = Log(patient, CATALOG, CatalogState)
+        catalog.append(author.new_id().hex(), lambda _: [SettingsOp(settings)], author)
+
+    def __repr__(self) -> str:
+        """Where it is, for people."""
+        return f"<Repository {self.url}>"
+
+    def __getitem__(self, address: str) -> Version:
+        """The version that an address names: ``name[:ref[~N]][/path]``.
+
+        Two requests when nothing is new since the last look.
+
+        Raises:
+            InvalidInputError: Not an address.
+            NotFoundError: No such artifact or version, or it was deleted; the message says which.
+        """
+        parsed = parse_address(address)
+        return self.artifact(parsed.name).resolve(parsed)
+
+    def artifact(self, name: str) -> Artifact:
+        """The artifact of that name, which need not exist yet. No request.
+
+        Raises:
+            InvalidInputError: No artifact can have that name.
+        """
+        return Artifact(self, name)
+
+    def artifacts(self) -> list[Artifact]:
+        """All artifacts, sorted by name. One request or more."""
+        return [Artifact(self, name) for name in sorted(self.catalog.refresh().names)]
+
+    def settings(self) -> dict[str, Any]:
+        """What is set for the whole repository. One request or more."""
+        return dict(self.catalog.refresh().settings)
+
+    # -- for the layers of this package -------------------------------------------------------------------------------
+
+    def find_log(self, name: str) -> Log[ArtifactState] | None:
+        """The log of the artifact of that name, read as far as it was read before."""
+        id_ = self.catalog.refresh().names.get(name)
+        return None if id_ is None else self.log(id_)
+
+    def log(self, artifact_id: str) -> Log[ArtifactState]:
+        """The log of an artifact id; one object for each, so that its records are read once."""
+        with self._lock:
+            log = self._logs.get(artifact_id)
+            if log is None:
+                log = self._logs[artifact_id] = Log(self.store, artifact_id, ArtifactState, threads=self.threads)
+            return log
+
+    def register(self, name: str) -> Log[ArtifactState]:
+        """The log of the artifact of that name, which is put into the catalog if it is not there."""
+        check_name(name)
+        id_ = self.author.new_id().hex()
+
+        def build(state: CatalogState) -> Iterable[Op]:
+            if name in state.names:
+                raise _RegisteredError
+            for other in state.names:
+                if other.lower() == name.lower():
+                    raise ConflictError(f"there is an artifact {other!r}; names differ by more than case")
+            return [RegisterOp(name, id_)]
+
+        with suppress(_RegisteredError):
+            self.catalog.append(id_, build, self.author)
+        return self.log(self.catalog.state.names[name])
+
+    def no_artifact(self, name: str) -> NotFoundError:
+        """The error for a name that no artifact has, with the nearest that there is."""
+        names = list(self.catalog.state.names)
+        near = difflib.get_close_matches(name, names, 1) or [other for other in names if other.lower() == name.lower()]
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return NotFoundError(f"{self.url} has no artifact {name!r}{hint}")
+
+    @staticmethod
+    def check_features(requires: Collection[str], address: str) -> None:
+        """Refuse a version that needs what this mandapa lacks.
+
+        Raises:
+            FormatVersionError: Names the features.
+        """
+        lacking = sorted(set(requires) - FEATURES)
+        if lacking:
+            raise FormatVersionError(f"{address} needs {', '.join(lacking)}, which this mandapa lacks: upgrade it")
+
+
+class _RegisteredError(Exception):
+    pass

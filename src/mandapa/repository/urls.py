@@ -1,0 +1,66 @@
+"""URLs as assets: which are kept, and what is known of them without fetching anything."""
+
+from __future__ import annotations
+
+import os
+import re
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from mandapa.errors import InvalidInputError
+
+__all__ = ["SCHEMES", "check_url", "url_facts"]
+
+SCHEMES = frozenset(("s3", "gs", "az", "abfs", "abfss", "https", "http", "hf", "file"))
+"""Schemes of URLs that can be assets."""
+
+URL_MAX = 4096
+
+_SECRET = re.compile(
+    r"signature|credential|token|secret|password|passwd|api[-_]?key|access[-_]?key|^sig$|^key$", re.IGNORECASE
+)
+_BAD = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff\u2028\u2029]")
+_CHECKSUM = re.compile(r"[a-z0-9]+:[^\x00-\x1f]{1,200}")
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no URL of an allowed scheme, or carries a secret: records are read by many and kept for ever.
+
+    Raises:
+        InvalidInputError: Says what is wrong, without repeating a secret.
+    """
+    if not isinstance(url, str) or not url or len(url.encode(errors="replace")) > URL_MAX or _BAD.search(url):
+        raise InvalidInputError(f"a URL is a string of 1 to {URL_MAX} bytes without blanks and control characters")
+    try:
+        parts = urlsplit(url)
+        secret = parts.password is not None or (parts.username is not None and parts.scheme not in ("abfs", "abfss"))
+    except ValueError as error:
+        raise InvalidInputError(f"not a URL: {error}") from None
+    if parts.scheme not in SCHEMES:
+        raise InvalidInputError(f"the scheme {parts.scheme!r} is not allowed: use one of {', '.join(sorted(SCHEMES))}")
+    if not (parts.netloc or parts.path):
+        raise InvalidInputError(f"{url!r} names nothing")
+    secret = secret or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+    if secret:
+        raise InvalidInputError(
+            f"the {parts.scheme} URL on {parts.hostname!r} carries a secret (user, password or signed query): "
+            "record it without, and give credentials where it is read"
+        )
+
+
+def url_facts(url: str, size: int | None, checksum: str) -> tuple[int | None, str]:
+    """Size and checksum to record: those given; for ``file://`` the size is looked up; nothing is fetched.
+
+    Raises:
+        InvalidInputError: A size below 0, or a checksum that is not ``scheme:value``.
+    """
+    if size is not None and (not isinstance(size, int) or size < 0):
+        raise InvalidInputError(f"size={size!r}: bytes, 0 or more")
+    if checksum and not _CHECKSUM.fullmatch(checksum):
+        raise InvalidInputError(f"checksum={checksum!r}: write its kind first, as in 'sha256:9f86d08...' or 'etag:...'")
+    parts = urlsplit(url)
+    if size is None and parts.scheme == "file" and parts.netloc in ("", "localhost"):
+        try:
+            size = os.stat(unquote(parts.path)).st_size
+        except OSError:
+            size = None
+    return size, checksum

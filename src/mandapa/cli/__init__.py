@@ -14,7 +14,7 @@ import click
 
 from mandapa import __version__
 from mandapa.cli import artifacts, checking, deleting, listing, names, reading, writing
-from mandapa.cli.demo import command as demo
+from mandapa.cli.demo.command import command as demo
 from mandapa.cli.failure import report
 from mandapa.cli.session import common
 
@@ -34,12 +34,12 @@ SECTIONS = {
 class _Main(click.Group):
     """A group whose errors are one or two lines and an exit code, and whose help is grouped by task."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
-        if not standalone_mode:
-            return super().main(args, *rest, standalone_mode=False, **extra)
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
+        if not extra.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **extra)
         given = list(sys.argv[1:] if args is None else args)
         try:
-            code = super().main(given, *rest, standalone_mode=False, **extra)
+            code = super().main(given, prog_name, standalone_mode=False, **extra)
             sys.stdout.flush()
         except BrokenPipeError:
             code = _pipe_closed()

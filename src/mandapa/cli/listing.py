@@ -29,7 +29,7 @@ _SHOWN = 12  # paths that `show` lists of a change before it counts the rest
 @common
 @pass_session
 def log(session: Session, address: str | None, max_count: int | None, deleted: bool) -> None:
-    """The versions of an artifact, newest first; without argument, all artifacts.
+    """List artifacts, or the versions of one. Newest first.
 
     With a PATH only the versions in which that file or folder changed; with a REF, from that version back.
     """
@@ -131,7 +131,7 @@ def _sums(artifact: Artifact) -> tuple[list[Version], int]:
 @common
 @pass_session
 def show(session: Session, address: str) -> None:
-    """One version, or one file in it, on one screen."""
+    """Show one version, or one file in it."""
     from mandapa.cli.values import asset_value, version_value
 
     version = session.open()[address]
@@ -210,7 +210,7 @@ def _version_text(version: Version, diff: Diff | None) -> str:
 @common
 @pass_session
 def ls(session: Session, address: str | None, recursive: bool) -> None:
-    """The files and folders of a version, one level; without argument, the names of all artifacts."""
+    """List the files and folders of a version. Without argument, the names of all artifacts."""
     repo = session.open()
     if address is None:
         for artifact in repo.artifacts():
@@ -272,14 +272,16 @@ def _listed(version: Version, recursive: bool) -> Iterator[dict[str, Any]]:
 @common
 @pass_session
 def diff(session: Session, a: str, b: str, exit_code: bool) -> int:
-    """What turns version A into version B: files (+ added, - removed, ~ changed) and metadata.
+    """Compare two versions: files and metadata. Marks: + added, - removed, ~ changed, from A to B.
 
     Both may name the same folder or file, as in 'diff digits:v1/logs digits:v2/logs': then only that is compared.
     """
     repo = session.open()
     before, after = repo[a], repo[b]
     if before.path != after.path:
-        raise InvalidInputError(f"A names {before.path or 'all'!r}, B {after.path or 'all'!r}: name the same path in both")
+        raise InvalidInputError(
+            f"A names {before.path or 'all'!r}, B {after.path or 'all'!r}: name the same path in both"
+        )
     found = before.diff(after)
     entries = [entry for entry in _entries(found) if _within(entry[1], before.path)]
     metadata = {} if before.path else dict(found.metadata)
@@ -330,17 +332,13 @@ def _diff_text(entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> s
     return "\n".join(lines) or "no difference"
 
 
-def _diff_value(
-    a: Version, b: Version, entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]
-) -> dict[str, Any]:
+def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
     from mandapa.cli.values import asset_value
 
     def of(mark: str) -> list[dict[str, Any]]:
         return [asset_value(new or old) for m, _, _, old, new in entries if m == mark and (new or old)]  # type: ignore[arg-type]
 
-    changed = [
-        {"before": asset_value(old), "after": asset_value(new)} for _, _, _, old, new in entries if old and new
-    ]
+    changed = [{"before": asset_value(old), "after": asset_value(new)} for _, _, _, old, new in entries if old and new]
     return {
         "a": a.address,
         "b": b.address,

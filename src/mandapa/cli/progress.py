@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,20 +18,21 @@ PATIENCE = 1.0
 
 
 class Bar:
-    """Takes the number of bytes, or of things, done so far, from any thread.
+    """Takes numbers of bytes that were done since the last call, from any thread.
 
     Args:
         title: What is being done.
-        total: All there is to do, if that is known; a function is asked only when a bar is shown.
+        total: All there is to do, if that is known.
         unit: ``bytes``, or what is counted.
     """
 
-    def __init__(self, title: str, total: int | Callable[[], int | None] | None = None, unit: str = "bytes") -> None:
+    def __init__(self, title: str, total: int | None = None, unit: str = "bytes") -> None:
         self._title = title
         self._total = total
         self._unit = unit
         self._start = time.monotonic()
         self._lock = threading.Lock()
+        self._done = 0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._watched = sys.stderr.isatty()
@@ -50,48 +50,48 @@ class Bar:
             if self._bar is not None:
                 self._bar.stop()
 
-    def __call__(self, done: int) -> None:
-        """So much is done."""
-        if not self._watched:
-            return
+    def __call__(self, more: int) -> None:
+        """So many more are done."""
         with self._lock:
-            if self._bar is None:
-                if time.monotonic() - self._start < PATIENCE:
-                    return
-                self._show()
-            assert self._bar is not None
-            assert self._task is not None
-            self._bar.update(self._task, completed=done)
+            self._done += more
+            self._update(self._title)
 
     def counted(self, what: str, done: int) -> None:
-        """So many of something are done; what is counted may change."""
-        if self._watched:
-            with self._lock:
-                if self._bar is not None and self._task is not None:
-                    self._bar.update(self._task, description=f"{self._title}: {what}")
-            self(done)
+        """So many of something are done; what is counted may change from call to call."""
+        with self._lock:
+            self._done = done
+            self._update(f"{self._title}: {what}")
+
+    def _update(self, title: str) -> None:
+        if not self._watched or (self._bar is None and time.monotonic() - self._start < PATIENCE):
+            return
+        if self._bar is None or self._task is None:
+            self._show()
+        assert self._bar is not None
+        assert self._task is not None
+        self._bar.update(self._task, completed=self._done, description=title)
 
     def _show(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
-            MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        total = self._total() if callable(self._total) else self._total
+        columns: tuple[ProgressColumn, ...]
         text = TextColumn("{task.description}", markup=False)
         if self._unit != "bytes":
-            columns = (text, MofNCompleteColumn(), TimeElapsedColumn())
-        elif total:
+            columns = (text, TextColumn("{task.completed:,}"), TimeElapsedColumn())
+        elif self._total:
             columns = (text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         else:
             columns = (text, DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self._title, total=total)
+        self._task = self._bar.add_task(self._title, total=self._total)
         self._bar.start()

@@ -30,8 +30,9 @@ _PIECE = 4 << 20
 @common
 @pass_session
 def get(session: Session, address: str, dest: str, only: tuple[str, ...]) -> None:
-    """Write what ADDRESS names to DEST: a version or a folder as DEST's contents, a file as DEST or into it.
+    """Restore a version, a folder or a file.
 
+    A version or a folder becomes the contents of DEST; a file becomes DEST, or goes into it when it is a folder.
     Files that are there and equal stay, different ones are replaced, others are left alone. A second 'get' goes on
     where the first was stopped. PATTERN is matched against the whole path in the version.
     """
@@ -60,7 +61,8 @@ def get(session: Session, address: str, dest: str, only: tuple[str, ...]) -> Non
         "dest": os.path.abspath(dest),
         "files": len(wanted) - len(urls),
         "size": total,
-        "written": result.written,
+        "written": result.files,
+        "skipped": result.skipped,
         "urls": [{"path": found.path, "url": found.url} for found in urls],
     }
     session.emit(value, lambda: _got(version, wanted, urls, dest, total))
@@ -93,7 +95,7 @@ def _got(version: Version, wanted: list[Asset], urls: list[Asset], dest: str, to
 @common
 @pass_session
 def cat(session: Session, address: str) -> None:
-    """Write one file of a version to the standard output, byte for byte."""
+    """Print one file of a version, byte for byte."""
     version = session.open()[address]
     if not version.path:
         raise InvalidInputError(f"name a file in {version.address}, as in 'mandapa cat {version.address}/hparams.yaml'")
@@ -101,11 +103,13 @@ def cat(session: Session, address: str) -> None:
         if session.json:
             session.emit(_content(version, file.read()), str)
             return
-        out = click.get_binary_stream("stdout")
+        out = sys.stdout.buffer
         first = True
         while piece := file.read(_PIECE):
             if first and sys.stdout.isatty() and b"\0" in piece[:8192]:
-                raise InvalidInputError(f"{version.path} is not text: send it to a file, as in 'mandapa cat ... > file'")
+                raise InvalidInputError(
+                    f"{version.path} is not text: send it to a file, as in 'mandapa cat ... > file'"
+                )
             first = False
             out.write(piece)
         out.flush()

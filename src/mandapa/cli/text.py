@@ -40,11 +40,11 @@ def size(number: int | None) -> str:
         return "?"
     if number < 1000:
         return f"{number} B"
-    amount = float(number)
-    for unit in ("kB", "MB", "GB", "TB", "PB"):
+    amount, units = number / 1000, ["kB", "MB", "GB", "TB", "PB"]
+    while amount >= 999.5 and len(units) > 1:
         amount /= 1000
-        if amount < 999.5:
-            break
+        units.pop(0)
+    unit = units[0]
     return f"{amount:.{0 if amount >= 99.95 else 1 if amount >= 9.995 else 2}f} {unit}"
 
 

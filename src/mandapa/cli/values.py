@@ -45,7 +45,7 @@ def asset_value(asset: Asset) -> dict[str, Any]:
 
 def step_value(step: AliasStep) -> dict[str, Any]:
     """A move of an alias or tag."""
-    return {"name": step.name, "version": step.version, "at": time(step.at), "by": step.by}
+    return {"kind": step.kind, "name": step.name, "version": step.version, "at": time(step.at), "by": step.by}
 
 
 def summary(version: Version) -> str:

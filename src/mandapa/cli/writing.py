@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mandapa.cli.progress import Bar
 from mandapa.cli.session import EMBEDDED, Session, common, pass_session
 from mandapa.cli.text import clean, count
 from mandapa.errors import InvalidInputError, NotFoundError
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
-_WALK_MAX = 50_000  # files that are counted for the sake of a bar's total
-
 
 @click.command()
 @click.argument("url", required=False)
@@ -28,7 +27,7 @@ _WALK_MAX = 50_000  # files that are counted for the sake of a bar's total
 @common
 @pass_session
 def init(session: Session, url: str | None, single_writer: bool) -> None:
-    """Make a repository at URL (default ./.mandapa), or find the one that is there.
+    """Make a repository, at URL or in ./.mandapa. One that is there stays as it is.
 
     URL is s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or a folder. The store is asked first whether
     it keeps create-if-absent, on which commits rest; one that does not is refused, unless --single-writer is given.
@@ -121,7 +120,7 @@ def add(
     aliases: tuple[str, ...],
     urls: tuple[str, ...],
 ) -> None:
-    """Make a version of ARTIFACT: the newest one, with each PATH in it.
+    """Make a version with files or folders in it. What else is in the newest version of ARTIFACT stays.
 
     One folder gives its contents, so that 'get' gives the same folder back; --at puts them under a folder. One file
     keeps its name, or gets the path that --at says. Several PATHs keep their names, folders too, below --at. What a
@@ -133,7 +132,7 @@ def add(
     places = _places(paths, at)
     repo = session.open()
     transaction = repo.artifact(artifact).transaction(message, metadata, base=None if replace else "latest")
-    with _bar(paths) as bar, transaction as txn:
+    with Bar("adding, new bytes stored") as bar, transaction as txn:
         txn.progress = bar
         for path, place in places:
             txn.add(path, place, skip_special=skip_special)
@@ -166,31 +165,10 @@ def _places(paths: Sequence[str], at: str | None) -> list[tuple[str, str | None]
 def _url_pair(text: str) -> tuple[str, str]:
     at, equals, url = text.partition("=")
     if not equals or not at or "://" not in url:
-        raise InvalidInputError(f"--url {at!r}...: write AT=URL, as in --url data/train.parquet=s3://bucket/train.parquet")
+        raise InvalidInputError(
+            f"--url {at!r}...: write AT=URL, as in --url data/train.parquet=s3://bucket/train.parquet"
+        )
     return at, url
-
-
-def _bar(paths: Sequence[str]) -> Any:
-    from mandapa.cli.progress import Bar
-
-    return Bar("adding", lambda: _total(paths))
-
-
-def _total(paths: Sequence[str]) -> int | None:
-    """Bytes below ``paths``, or None when there are too many files to count for that."""
-    total = files = 0
-    for path in paths:
-        if not os.path.isdir(path):
-            total += os.path.getsize(path)
-            continue
-        for folder, _, names in os.walk(path, followlinks=True):
-            files += len(names)
-            if files > _WALK_MAX:
-                return None
-            for name in names:
-                with suppress(OSError):
-                    total += os.path.getsize(os.path.join(folder, name))
-    return total
 
 
 @click.command()
@@ -201,7 +179,7 @@ def _total(paths: Sequence[str]) -> int | None:
 @common
 @pass_session
 def rm(session: Session, artifact: str, paths: tuple[str, ...], message: str, metadata: dict[str, Any]) -> None:
-    """Make a version of ARTIFACT without these files or folders; older versions keep them."""
+    """Make a version without these files or folders. Older versions keep them."""
     repo = session.open()
     if not repo.artifact(artifact).exists():
         raise repo.no_artifact(artifact)

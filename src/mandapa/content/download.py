@@ -52,8 +52,10 @@ _READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 @dataclass(slots=True)
 class DownloadResult:
-    """What a download did."""
+    """What a download did; as a path it is the folder it filled."""
 
+    path: str
+    """The folder."""
     files: int = 0
     """Files written."""
     bytes: int = 0
@@ -62,6 +64,10 @@ class DownloadResult:
     """Files that were there already, equal."""
     urls: list[str] = field(default_factory=list)
     """Paths of assets that are URLs: they are not fetched."""
+
+    def __fspath__(self) -> str:
+        """The folder."""
+        return self.path
 
 
 def download(
@@ -275,7 +281,7 @@ class _Download:
         self._counter = count()
         self._begun: set[_Target] = set()
         self._lock = threading.Lock()
-        self.result = DownloadResult()
+        self.result = DownloadResult(folders.top.path)
         self.lost: list[_Target] = []
 
     def restore(self, rows: Iterable[Located]) -> None:

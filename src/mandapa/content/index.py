@@ -17,7 +17,7 @@ from mandapa.content.walk import Found
 from mandapa.digest import digest, hexdigest
 from mandapa.format.manifest import Chunk, FileRow, Leaf, Part
 
-__all__ = ["Index", "Piece"]
+__all__ = ["Index", "Piece", "piece_of"]
 
 _T = TypeVar("_T")
 
@@ -54,6 +54,15 @@ class Piece(NamedTuple):
     """BLAKE3 of the raw bytes."""
     base: Piece | None = None
     """The chunk that this is a delta to."""
+
+
+def piece_of(chunk: Chunk, hash_: bytes, table: Sequence[bytes]) -> Piece:
+    """One chunk, free of its table."""
+    base = None
+    if chunk.base is not None:
+        container, offset, stored, raw, codec, base_hash = chunk.base
+        base = Piece(table[container], offset, stored, raw, codec, base_hash)
+    return Piece(table[chunk.container], chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, base)
 
 
 class Index:

@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from mandapa.content.codecs import ZSTD, Mode, encode
-from mandapa.content.index import Index, Piece
-from mandapa.content.transfer import piece_of
+from mandapa.content.index import Index, Piece, piece_of
 from mandapa.digest import Hasher, digest
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part

@@ -115,7 +115,7 @@ class AssetFile(io.RawIOBase):
         return done
 
     def pread(self, length: int, offset: int) -> bytes:
-        """Up to ``length`` bytes from ``offset`` on, fewer only at the end; the position stays. Raises as `readinto`."""
+        """Up to ``length`` bytes from ``offset`` on, fewer only at the end; moves nothing. Raises as `readinto`."""
         self._check()
         if length < 0 or offset < 0:
             raise InvalidInputError("length and offset must not be negative")

@@ -7,19 +7,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import msgspec
+
 from mandapa.content.codecs import decode
-from mandapa.content.index import Piece
-from mandapa.content.tree import Located, child_address
+from mandapa.content.index import Index, Piece, piece_of
+from mandapa.content.packing import Packer
+from mandapa.content.tree import Located, NodeReader, child_address
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError
 from mandapa.format.keys import container_key
-from mandapa.format.manifest import Chunk, LargeFileRow, Node, NodeAddress, Part, UrlRow
+from mandapa.format.manifest import (
+    INLINE_CHUNKS,
+    PART_CHUNKS,
+    Chunk,
+    FileRow,
+    LargeFileRow,
+    Node,
+    NodeAddress,
+    Part,
+    PartAddress,
+    UrlRow,
+    encode_node,
+)
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Request", "fetch", "pieces_of", "plan", "read_pieces", "windows"]
+__all__ = ["Request", "RowMaker", "bare", "fetch", "pieces_of", "plan", "read_pieces", "windows"]
 
 _WINDOW_BYTES = 8 << 20
 _WINDOW_PIECES = 4096
+_PART_KEPT = 256  # a part of the base with fewer chunks is written again, so that parts do not become many
 _GAP = 64 << 10  # unwanted bytes that are cheaper to read than another request
 
 
@@ -58,15 +74,6 @@ def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator
     else:
         for chunk in row.chunks:
             yield piece_of(chunk, chunk.hash, table)
-
-
-def piece_of(chunk: Chunk, hash_: bytes, table: Sequence[bytes]) -> Piece:
-    """One chunk, free of its table."""
-    base = None
-    if chunk.base is not None:
-        container, offset, stored, raw, codec, base_hash = chunk.base
-        base = Piece(table[container], offset, stored, raw, codec, base_hash)
-    return Piece(table[chunk.container], chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, base)
 
 
 def windows(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -190,3 +197,97 @@ def _assemble(window: list[Piece], answers: Iterable[tuple[Request, list[Buffer]
         for i, value in zip(request.wanted, found, strict=True):
             values[i] = value
     return zip(window, values, strict=True)
+
+
+class RowMaker:
+    """Rows of files from chunks that are in the packer's containers, or were numbered by it.
+
+    Lists of more than 256 chunks go into parts, and those into the meta container.
+    """
+
+    def __init__(self, packer: Packer, index: Index, nodes: NodeReader) -> None:
+        self._packer = packer
+        self._index = index
+        self._nodes = nodes
+
+    def make(
+        self, at: str, size: int, mode: int, digest_: bytes, chunks: list[tuple[bytes, Chunk]], base: Located | None
+    ) -> Located:
+        """The row of an asset of these chunks; parts that the base has too are used again."""
+        if len(chunks) == 1:
+            return Located(FileRow(at, size, mode, digest_, (bare(chunks[0][1]),)), self._packer.table)
+        named = [_named(chunk, hash_) for hash_, chunk in chunks]
+        if len(named) <= INLINE_CHUNKS:
+            return Located(FileRow(at, size, mode, digest_, tuple(named)), self._packer.table)
+        table = self._packer.table
+        if all(chunk.base is None for chunk in named):
+            self._index.remember_asset(digest_, [Piece(table[c.container], *_fields(c)) for c in named])
+        return Located(LargeFileRow(at, size, mode, digest_, tuple(self._parts(named, base))), table)
+
+    def _parts(self, chunks: list[Chunk], base: Located | None) -> Iterator[PartAddress]:
+        old = self._base_parts(base)
+        at = 0
+        while at < len(chunks):
+            end = min(at + PART_CHUNKS, len(chunks))
+            for i in range(at, end):
+                found = old.get(chunks[i].hash)
+                if found is not None and found[1] == [chunk.hash for chunk in chunks[i : i + len(found[1])]]:
+                    if i > at:
+                        yield self._new_part(chunks[at:i])
+                    yield found[0]
+                    at = i + len(found[1])
+                    break
+            else:
+                yield self._new_part(chunks[at:end])
+                at = end
+
+    def _base_parts(self, base: Located | None) -> dict[bytes, tuple[PartAddress, list[bytes]]]:
+        """The parts of a base row, and their hashes, by the first of these; short ones are left to be joined."""
+        old: dict[bytes, tuple[PartAddress, list[bytes]]] = {}
+        if base is None or not isinstance(base.row, LargeFileRow):
+            return old
+        for address in base.row.parts:
+            node = self._nodes.load(child_address(address, base.table))
+            assert isinstance(node, Part)
+            if len(node.rows) >= _PART_KEPT:
+                number = self._packer.number(base.table[address.container])
+                hashes = [chunk.hash for chunk in node.rows]
+                old[hashes[0]] = (msgspec.structs.replace(address, container=number), hashes)
+        return old
+
+    def _new_part(self, chunks: Sequence[Chunk]) -> PartAddress:
+        numbers: dict[bytes, int] = {}
+        table = self._packer.table
+
+        def number(container: int) -> int:
+            return numbers.setdefault(table[container], len(numbers))
+
+        rows = []
+        for c in chunks:
+            own = None if c.base is None else (number(c.base[0]), *c.base[1:])
+            rows.append(Chunk(number(c.container), c.offset, c.stored, c.raw, c.codec, c.hash, own))
+        node = Part(list(numbers), rows)
+        raw, stored = encode_node(node)
+        hash_ = digest(raw)
+        address = self._packer.add_node(hash_, stored, len(raw))
+        self._nodes.remember(hash_, node)
+        self._index.feed(node)
+        container = self._packer.number(address.container)
+        return PartAddress(container, address.offset, address.stored, hash_, sum([c.raw for c in rows]))
+
+
+def bare(chunk: Chunk) -> Chunk:
+    """Without its hash, as the only chunk of an asset is written."""
+    if not chunk.hash:
+        return chunk
+    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, b"", chunk.base)
+
+
+def _named(chunk: Chunk, hash_: bytes) -> Chunk:
+    if chunk.hash:
+        return chunk
+    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, chunk.base)
+
+
+def _fields(chunk: Chunk) -> tuple[int, int, int, int, bytes]:
+    return chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash

@@ -7,7 +7,6 @@ import stat as stat_
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -18,9 +17,9 @@ from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, gro
 from mandapa.content.cutters.structured import STRUCTURED_MIN
 from mandapa.content.index import Index, Piece
 from mandapa.content.packing import Packer, Placer
-from mandapa.content.transfer import pieces_of, read_pieces
-from mandapa.content.tree import Located, NodeReader, child_address
-from mandapa.content.walk import Found, file_mode
+from mandapa.content.transfer import RowMaker, bare, pieces_of, read_pieces
+from mandapa.content.tree import Located, NodeReader
+from mandapa.content.walk import Found, check_unchanged, explain, explained, file_mode, read_small
 from mandapa.digest import Hasher, digest
 from mandapa.errors import (
     AccessDeniedError,
@@ -28,23 +27,9 @@ from mandapa.errors import (
     ConflictError,
     CorruptionError,
     InvalidInputError,
-    MandapaError,
     NotFoundError,
-    StorageError,
 )
-from mandapa.format.manifest import (
-    INLINE_CHUNKS,
-    PART_CHUNKS,
-    Chunk,
-    FileRow,
-    LargeFileRow,
-    Leaf,
-    NodeAddress,
-    Part,
-    PartAddress,
-    UrlRow,
-    encode_node,
-)
+from mandapa.format.manifest import Chunk, FileRow, LargeFileRow, Leaf, NodeAddress, Part, UrlRow
 from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["Upload"]
@@ -88,6 +73,7 @@ class Upload:
         threads: Puts under way at once, and threads that hash and compress; 0 does all in the caller's thread.
         new_id: Makes 16 random bytes, for the names of containers.
         clock: Nanoseconds since the epoch, as file times are.
+        nodes: Reads the parts of large base rows; by default one of its own.
     """
 
     def __init__(
@@ -99,6 +85,7 @@ class Upload:
         threads: int = 2,
         new_id: Callable[[], bytes] = _new_id,
         clock: Callable[[], int] = time.time_ns,
+        nodes: NodeReader | None = None,
     ) -> None:
         self._store = store
         self._index = index
@@ -107,7 +94,8 @@ class Upload:
         self._closed = False
         self._packer = Packer(store, threads=threads, new_id=new_id)
         self._placer = Placer(self._packer, index, codec=codec, threads=threads)
-        self._nodes = NodeReader(store, keep=256, on_leaf=index.feed)
+        self._nodes = nodes or NodeReader(store, keep=256, on_leaf=index.feed)
+        self._rows = RowMaker(self._packer, index, self._nodes)
         self._cutter = Cutter()
         self._sources: dict[str, str | bytes] = {}
 
@@ -181,7 +169,9 @@ class Upload:
             if digest_hint is None:
                 digest_hint = self._index.known_file(os.path.abspath(source), stat)
             if digest_hint is not None:
-                located = self._reuse(at, stat.st_size, file_mode(stat), digest_hint, base)
+                located = self._reuse(
+                    at, stat.st_size, file_mode(stat), digest_hint, base, self._placer.find([digest_hint])
+                )
                 if located is not None:
                     self._sources[at] = source
                     return located
@@ -261,7 +251,7 @@ class Upload:
             return located
         if chunks is None:
             chunks = self._adopt_all(pieces)
-        return self._located(row.path, row.size, row.mode, row.digest, chunks, None)
+        return self._rows.make(row.path, row.size, row.mode, row.digest, chunks, None)
 
     def close(self) -> None:
         """Drop what is not flushed, wait for puts under way, release threads and memory. Any number of times."""
@@ -282,14 +272,19 @@ class Upload:
 
     # Whole files
 
-    def _reuse(self, at: str, size: int, mode: int, digest_: bytes, base: Located | None) -> Located | None:
+    def _reuse(
+        self, at: str, size: int, mode: int, digest_: bytes, base: Located | None, found: dict[bytes, Piece]
+    ) -> Located | None:
         """The row of an asset whose digest is known, without its bytes; None when they are needed."""
         if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == digest_:
             return self._relabel(base, at, mode)
         if size == 0:
             return Located(FileRow(at, 0, mode, _EMPTY, ()), self.table)
         pieces: Sequence[Piece] | None
-        piece = self._placer.find([digest_]).get(digest_)
+        placed = self._placer.placed.get(digest_)
+        if placed is not None and placed.raw == size:
+            return Located(FileRow(at, size, mode, digest_, (bare(placed),)), self.table)
+        piece = found.get(digest_)
         if piece is not None and piece.raw == size:
             pieces = (piece,)
         else:
@@ -300,7 +295,7 @@ class Upload:
                 or not self._placer.bad.isdisjoint([p[0] for p in pieces])
             ):
                 return None
-        return self._located(at, size, mode, digest_, self._adopt_all(pieces), None)
+        return self._rows.make(at, size, mode, digest_, self._adopt_all(pieces), None)
 
     def _relabel(self, base: Located, at: str, mode: int) -> Located | None:
         row = base.row
@@ -312,7 +307,7 @@ class Upload:
         return Located(msgspec.structs.replace(row, path=at, mode=mode), base.table)
 
     def _read_file(self, source: str, at: str, base: Located | None) -> Located:
-        with _explained(source):
+        with explained(source):
             started = self._clock()
             fd = os.open(source, _OPEN)
             try:
@@ -321,32 +316,24 @@ class Upload:
                     raise InvalidInputError(f"{source} is not a file")
                 content = FileSource(fd, size=before.st_size)
                 if content.size < STRUCTURED_MIN:
-                    data = _read_small(fd, content.size, source)
+                    data = read_small(fd, content.size, source)
                     located = self._place_small([_Small(0, at, file_mode(before), data, digest(data))], [base])[0]
                 else:
                     located = self._take(content, at, file_mode(before), base)
                 assert isinstance(located.row, (FileRow, LargeFileRow))
-                if self._unchanged(fd, before, located.row.digest, source):
+                if check_unchanged(fd, before, located.row.digest, source):
                     self._index.remember_file(os.path.abspath(source), before, located.row.digest, started)
             finally:
                 os.close(fd)
         return located
 
-    def _unchanged(self, fd: int, before: os.stat_result, digest_: bytes, source: str) -> bool:
-        """Whether the file's times say that it did not change; `InvalidInputError` when it did."""
-        after = os.fstat(fd)
-        if after.st_size == before.st_size and after.st_mtime_ns == before.st_mtime_ns:
-            if after.st_ctime_ns == before.st_ctime_ns:
-                return True
-            # Only its inode moved: another name came or went (a rotated checkpoint does that), or a mode. Or not.
-            if _hash_file(fd, before.st_size) == digest_:
-                return False
-        raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
-
     def _add_group(self, group: Sequence[tuple[str, Found]], base_of: Callable[[str], Located | None]) -> list[Located]:
         digests = self._index.known_files([found for _, found in group])
         bases = [base_of(at) for at, _ in group]
         rows: list[Located | None] = [None] * len(group)
+        hints = self._placer.find(
+            [hash_ for hash_, base in zip(digests, bases, strict=True) if hash_ and _differs(hash_, base)]
+        )
         sources = self._sources
         small: list[_Small] = []
         size = 0
@@ -362,7 +349,7 @@ class Upload:
                     if same and row.mode == file_mode(found.stat):  # type: ignore[union-attr]
                         rows[i] = base
                         continue
-                rows[i] = self._reuse(at, found.stat.st_size, file_mode(found.stat), known, base)
+                rows[i] = self._reuse(at, found.stat.st_size, file_mode(found.stat), known, base, hints)
                 if rows[i] is not None:
                     continue
             if found.stat.st_size < STRUCTURED_MIN:
@@ -390,14 +377,14 @@ class Upload:
                 size = before.st_size
                 if size >= STRUCTURED_MIN or not stat_.S_ISREG(before.st_mode):
                     return None
-                data = _read_small(fd, size, source)
+                data = read_small(fd, size, source)
                 hash_ = digest(data)
-                if self._unchanged(fd, before, hash_, source):
+                if check_unchanged(fd, before, hash_, source):
                     self._index.remember_file(source, before, hash_, started)
             finally:
                 os.close(fd)
         except OSError as error:
-            raise _explain(error, source) from error
+            raise explain(error, source) from error
         return _Small(position, at, 1 if before.st_mode & 0o100 else 0, data, hash_)
 
     def _place_all(self, small: list[_Small], bases: Sequence[Located | None], rows: list[Located | None]) -> None:
@@ -414,8 +401,7 @@ class Upload:
         wanted = [
             one.digest
             for one, base in zip(small, bases, strict=True)
-            if one.digest not in placed
-            and (base is None or isinstance(base.row, UrlRow) or base.row.digest != one.digest)
+            if one.digest not in placed and _differs(one.digest, base)
         ]
         found = self._placer.find(wanted) if wanted else {}
         for (_, at, mode, data, hash_), base in zip(small, bases, strict=True):
@@ -432,7 +418,7 @@ class Upload:
                 known = found.get(hash_)
                 chunk = placer.adopt(known) if known is not None else placer.encode(data, hash_)
             if chunk.hash:
-                chunk = _bare(chunk)
+                chunk = bare(chunk)
             rows.append(Located(FileRow(at, len(data), mode, hash_, (chunk,)), table))
         return rows
 
@@ -463,7 +449,7 @@ class Upload:
             located = self._relabel(base, at, mode)
             if located is not None:
                 return located
-        return self._located(at, source.size, mode, digest_, chunks, base)
+        return self._rows.make(at, source.size, mode, digest_, chunks, base if old and not self._placer.bad else None)
 
     def _pieces_of_base(self, base: Located | None) -> list[Piece]:
         """The chunks of the base row; none where it cannot be used."""
@@ -513,73 +499,6 @@ class Upload:
 
     def _adopt_all(self, pieces: Sequence[Piece]) -> list[tuple[bytes, Chunk]]:
         return [(piece.hash, self._placer.adopt(piece)) for piece in pieces]
-
-    # Rows
-
-    def _located(
-        self, at: str, size: int, mode: int, digest_: bytes, chunks: list[tuple[bytes, Chunk]], base: Located | None
-    ) -> Located:
-        """The row of an asset of these chunks; parts that the base has too are used again."""
-        if len(chunks) == 1:
-            return Located(FileRow(at, size, mode, digest_, (_bare(chunks[0][1]),)), self.table)
-        named = [_named(chunk, hash_) for hash_, chunk in chunks]
-        if len(named) <= INLINE_CHUNKS:
-            return Located(FileRow(at, size, mode, digest_, tuple(named)), self.table)
-        table = self.table
-        if all(chunk.base is None for chunk in named):
-            self._index.remember_asset(digest_, [Piece(table[c.container], *_fields(c)) for c in named])
-        return Located(LargeFileRow(at, size, mode, digest_, tuple(self._parts(named, base))), table)
-
-    def _parts(self, chunks: list[Chunk], base: Located | None) -> Iterator[PartAddress]:
-        old = self._base_parts(base)
-        at = 0
-        while at < len(chunks):
-            end = min(at + PART_CHUNKS, len(chunks))
-            for i in range(at, end):
-                found = old.get(chunks[i].hash)
-                if found is not None and [c.hash for c in found[1].rows] == [
-                    c.hash for c in chunks[i : i + len(found[1].rows)]
-                ]:
-                    if i > at:
-                        yield self._new_part(chunks[at:i])
-                    yield found[0]
-                    at = i + len(found[1].rows)
-                    break
-            else:
-                yield self._new_part(chunks[at:end])
-                at = end
-
-    def _base_parts(self, base: Located | None) -> dict[bytes, tuple[PartAddress, Part]]:
-        """The parts of a base row by the hash of their first chunk."""
-        old: dict[bytes, tuple[PartAddress, Part]] = {}
-        if base is None or not isinstance(base.row, LargeFileRow) or self._placer.bad:
-            return old
-        for address in base.row.parts:
-            node = self._nodes.load(child_address(address, base.table))
-            assert isinstance(node, Part)
-            number = self._packer.number(base.table[address.container])
-            old[node.rows[0].hash] = (msgspec.structs.replace(address, container=number), node)
-        return old
-
-    def _new_part(self, chunks: Sequence[Chunk]) -> PartAddress:
-        numbers: dict[bytes, int] = {}
-        table = self.table
-
-        def number(container: int) -> int:
-            return numbers.setdefault(table[container], len(numbers))
-
-        rows = []
-        for c in chunks:
-            own = None if c.base is None else (number(c.base[0]), *c.base[1:])
-            rows.append(Chunk(number(c.container), c.offset, c.stored, c.raw, c.codec, c.hash, own))
-        node = Part(list(numbers), rows)
-        raw, stored = encode_node(node)
-        hash_ = digest(raw)
-        address = self._packer.add_node(hash_, stored, len(raw))
-        self._nodes.remember(hash_, node)
-        self._index.feed(node)
-        container = self._packer.number(address.container)
-        return PartAddress(container, address.offset, address.stored, hash_, sum([c.raw for c in rows]))
 
     # Storing again
 
@@ -634,21 +553,8 @@ class Upload:
             raise ClosedError("this upload belongs to the process that forked this one: make one here")
 
 
-def _bare(chunk: Chunk) -> Chunk:
-    """Without its hash, as the only chunk of an asset is written."""
-    if not chunk.hash:
-        return chunk
-    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, b"", chunk.base)
-
-
-def _named(chunk: Chunk, hash_: bytes) -> Chunk:
-    if chunk.hash:
-        return chunk
-    return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, chunk.base)
-
-
-def _fields(chunk: Chunk) -> tuple[int, int, int, int, bytes]:
-    return chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash
+def _differs(digest_: bytes, base: Located | None) -> bool:
+    return base is None or isinstance(base.row, UrlRow) or base.row.digest != digest_
 
 
 def _numbers(row: FileRow | LargeFileRow) -> list[int]:
@@ -669,45 +575,3 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
             break
         count += 1
     return count
-
-
-def _read_small(fd: int, size: int, source: str) -> bytes:
-    data = os.read(fd, size + 1)
-    while 0 < len(data) < size:  # some file systems give less than there is
-        more = os.read(fd, size + 1 - len(data))
-        if not more:
-            break
-        data += more
-    if len(data) != size:
-        raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
-    return data
-
-
-def _hash_file(fd: int, size: int) -> bytes:
-    hasher = Hasher()
-    view = memoryview(bytearray(min(size, _READ) or 1))
-    at = 0
-    while got := os.preadv(fd, [view], at):
-        hasher.update(view[:got])
-        at += got
-    return hasher.digest()
-
-
-@contextmanager
-def _explained(source: str) -> Iterator[None]:
-    try:
-        yield
-    except MandapaError:
-        raise
-    except OSError as error:
-        raise _explain(error, source) from error
-
-
-def _explain(error: OSError, source: str) -> MandapaError:
-    if isinstance(error, MandapaError):
-        return error
-    if isinstance(error, FileNotFoundError):
-        return NotFoundError(f"{source} is not there any more")
-    if isinstance(error, PermissionError):
-        return AccessDeniedError(f"{source} may not be read: {error.strerror}")
-    return StorageError(f"{source} cannot be read: {error.strerror}")

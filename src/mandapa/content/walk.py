@@ -1,20 +1,24 @@
-"""What a folder holds, in the order and under the names that a version knows."""
+"""Files on this machine as a version sees them: their names, their order, and whether they hold still."""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import NamedTuple
 
-from mandapa.errors import AccessDeniedError, InvalidInputError, NotFoundError
+from mandapa.digest import Hasher
+from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError, NotFoundError, StorageError
 from mandapa.format.keys import MARKER
 from mandapa.format.strict import check_path
 
-__all__ = ["Found", "file_mode", "walk"]
+__all__ = ["Found", "check_unchanged", "explain", "explained", "file_mode", "read_small", "walk"]
 
 _NAMED = 10  # bad entries that one error names
 _REPOSITORY = ".mandapa"
+_READ = 1 << 20
 
 
 class Found(NamedTuple):
@@ -136,3 +140,66 @@ def _some(paths: list[str]) -> str:
     paths.sort()
     more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
     return ", ".join([repr(path) for path in paths[:_NAMED]]) + more
+
+
+def read_small(fd: int, size: int, source: str) -> bytes:
+    """The bytes of an open file that had ``size`` of them when asked; `InvalidInputError` when it has others now."""
+    data = os.read(fd, size + 1)
+    while 0 < len(data) < size:  # some file systems give less than there is
+        more = os.read(fd, size + 1 - len(data))
+        if not more:
+            break
+        data += more
+    if len(data) != size:
+        raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
+    return data
+
+
+def check_unchanged(fd: int, before: os.stat_result, digest_: bytes, source: str) -> bool:
+    """Whether the times of an open file say that it did not change since ``before``.
+
+    False where they do not say so, but its bytes still have the digest; reads it once more for that.
+
+    Raises:
+        InvalidInputError: It has changed.
+    """
+    after = os.fstat(fd)
+    if after.st_size == before.st_size and after.st_mtime_ns == before.st_mtime_ns:
+        if after.st_ctime_ns == before.st_ctime_ns:
+            return True
+        # Only its inode moved: another name came or went (a rotated checkpoint does that), or a mode. Or not.
+        if _hash_file(fd) == digest_:
+            return False
+    raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
+
+
+def _hash_file(fd: int) -> bytes:
+    hasher = Hasher()
+    view = memoryview(bytearray(_READ))
+    at = 0
+    while got := os.preadv(fd, [view], at):
+        hasher.update(view[:got])
+        at += got
+    return hasher.digest()
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """System errors of reading ``source`` become ours."""
+    try:
+        yield
+    except MandapaError:
+        raise
+    except OSError as error:
+        raise explain(error, source) from error
+
+
+def explain(error: OSError, source: str) -> MandapaError:
+    """What an error of reading ``source`` means to a caller."""
+    if isinstance(error, MandapaError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return NotFoundError(f"{source} is not there any more")
+    if isinstance(error, PermissionError):
+        return AccessDeniedError(f"{source} may not be read: {error.strerror}")
+    return StorageError(f"{source} cannot be read: {error.strerror}")

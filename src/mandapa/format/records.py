@@ -1,4 +1,4 @@
-"""Records of logs: what each op says, and how records become bytes and back. Source: docs/format.md §8."""
+"""Records of logs: what each op says, and how records become bytes and back. Source: docs/format.md §4, §8, §9."""
 
 from __future__ import annotations
 

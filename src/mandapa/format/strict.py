@@ -1,4 +1,4 @@
-"""What is refused before it is believed: limits, names, paths and sealed JSON lines. Source: docs/format.md §2, §3."""
+"""What is refused before it is believed: limits, names, paths, sealed JSON, frames. Source: docs/format.md §2, §4."""
 
 from __future__ import annotations
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from mandapa.object_store.base import Buffer, ObjectInfo, ObjectStore
 from mandapa.object_store.local import LocalObjectStore
 from mandapa.object_store.memory import MemoryObjectStore
+from mandapa.object_store.probe import ProbeResult, probe
 from mandapa.object_store.retry import RetryingObjectStore
 
 if TYPE_CHECKING:
     from mandapa.object_store.azure import AzureObjectStore
     from mandapa.object_store.gcs import GCSObjectStore
-    from mandapa.object_store.probe import ProbeResult, probe
     from mandapa.object_store.s3 import S3ObjectStore
     from mandapa.object_store.url import from_url
 
@@ -39,8 +39,6 @@ _LAZY = {
     "AzureObjectStore": "azure",
     "GCSObjectStore": "gcs",
     "S3ObjectStore": "s3",
-    "ProbeResult": "probe",
-    "probe": "probe",
     "from_url": "url",
 }
 

@@ -191,7 +191,7 @@ class CloudObjectStore:
         _claim_process(self.url)
         try:
             if self._client is None:
-                self._client = self._connect()
+                self._client = self._configured()
             yield self._client
         except MandapaError:
             raise
@@ -200,6 +200,15 @@ class CloudObjectStore:
                 error, doing=doing, key=key, url=self.url, place=self._place, permissions=self._permissions
             ) from None
         self._place_seen = True
+
+    def _configured(self) -> Client:
+        try:
+            return self._connect()
+        except MandapaError:
+            raise
+        except Exception as error:  # noqa: BLE001 - nothing was asked of a server yet: whatever it is, the options are wrong
+            reason = str(error).partition("\n")[0]
+            raise InvalidInputError(f"{self.url} cannot be opened with these options: {reason}") from None
 
     def _check_place(self) -> None:
         """A HEAD of a missing key and one in a missing bucket get the same bare 404: ask once which it was."""

@@ -109,7 +109,7 @@ class S3ObjectStore(CloudObjectStore):
             # Both names: obstore lets a service-specific endpoint of the environment win over a keyword.
             config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
         else:
-            # AWS itself: TLS guards the way there and CRC-64 what is stored, at a third of the cost of signing a SHA-256.
+            # AWS itself: TLS guards the way and CRC-64 what is stored, at a third of the cost of signing a SHA-256.
             config |= {"unsigned_payload": True, "checksum_algorithm": "crc64nvme"}
         if options.get("anonymous"):
             config["skip_signature"] = True

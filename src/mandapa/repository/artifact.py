@@ -45,6 +45,7 @@ class AliasStep:
     """None: it was dropped."""
     at: datetime
     by: str
+    kind: Literal["alias", "tag"]
 
 
 class Artifact:
@@ -198,7 +199,7 @@ class Artifact:
     def moves(self, name: str | None = None) -> list[AliasStep]:
         """Every move of aliases and tags (or of one of them), oldest first."""
         return [
-            AliasStep(move.name, move.version, parse_time(move.record.at), move.record.by)
+            AliasStep(move.name, move.version, parse_time(move.record.at), move.record.by, move.kind)
             for move in self.state().moves
             if name is None or move.name == name
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from mandapa.errors import CorruptionError, FormatVersionError
 from mandapa.format.records import (
@@ -55,6 +55,7 @@ class AliasMove:
     version: int | None
     """None: it was dropped."""
     record: Record
+    kind: Literal["alias", "tag"]
 
 
 class LogState(Protocol):
@@ -195,7 +196,7 @@ class ArtifactState:
             self._known_live(op.version)
             self._check_free(op.name, self.aliases)
             self.aliases[op.name] = op.version
-        self.moves.append(AliasMove(op.name, op.version, record))
+        self.moves.append(AliasMove(op.name, op.version, record, "alias"))
 
     def _tag(self, op: TagOp, record: Record) -> None:
         if op.version is None:
@@ -209,7 +210,7 @@ class ArtifactState:
             self._check_free(op.name, {})
             self.tags[op.name] = op.version
             self._burned.add(op.name.lower())
-        self.moves.append(AliasMove(op.name, op.version, record))
+        self.moves.append(AliasMove(op.name, op.version, record, "tag"))
 
     def _check_free(self, name: str, own: dict[str, int]) -> None:
         if name in own:

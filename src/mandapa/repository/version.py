@@ -303,13 +303,19 @@ class Version:
             CorruptionError: While reading: stored bytes are not what was written.
         """
         located = self._file(path)
+        seen = self._state.root
 
-        def moved(error: NotFoundError) -> tuple[Tree, Located]:
-            self.follow(error)
-            return self.tree, self._file(path)
+        def moved() -> Located:
+            nonlocal seen
+            if self._state.root == seen:
+                self.follow(NotFoundError(f"bytes of {path!r} are not there"))
+            seen = self._state.root
+            return self._file(path)
 
-        raw = AssetFile(self._repo.store, self.tree, located, threads=self._repo.threads, moved=moved)
-        return io.BufferedReader(raw, 1 << 20)
+        raw = AssetFile(
+            located, store=self._repo.store, load=self._repo.reader.load, moved=moved, threads=self._repo.threads
+        )
+        return io.BufferedReader(raw, 128 << 10)
 
     def _file(self, path: str) -> Located:
         located = self.reading(lambda tree: tree.get(path))

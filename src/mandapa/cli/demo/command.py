@@ -1,0 +1,8 @@
+"""x."""
+
+import click
+
+
+@click.command("demo")
+def command() -> None:
+    """Train, kill, resume."""

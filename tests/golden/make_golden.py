@@ -1,0 +1,190 @@
+"""Writes the golden repository of format 1 and what a reader must find in it.
+
+    python tests/golden/make_golden.py tests/golden
+
+It holds every kind of object, row and op that format 1 has. Once the format is frozen it is never made again: a mandapa
+of any later release reads the bytes that are checked in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from mandapa.content.edit import edit_tree
+from mandapa.content.index import Index
+from mandapa.content.tree import Tree
+from mandapa.content.upload import Upload
+from mandapa.format.keys import log_key
+from mandapa.format.records import (
+    AnnotateOp,
+    FenceOp,
+    RepackOp,
+    SettingsOp,
+    encode_gc_list,
+    encode_head,
+)
+from mandapa.format.strict import seal
+from mandapa.object_store import LocalObjectStore
+from mandapa.repository.log import Author
+from mandapa.repository.repository import Repository
+from mandapa.repository.version import address_of, root_of
+
+EPOCH = "0123456789abcdef0123456789abcdef"
+
+
+class Clock:
+    """A second later at each look."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+
+    def __call__(self) -> datetime:
+        self.now += timedelta(seconds=1)
+        return self.now
+
+
+def safetensors(tensors: dict[str, bytes]) -> bytes:
+    """A file of byte tensors."""
+    at, header = 0, {}
+    for name, data in tensors.items():
+        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + b"".join(tensors.values())
+
+
+def make(root: Path, work: Path) -> dict[str, object]:
+    """Write the repository under ``root``; returns what is in it."""
+    author = Author("golden@example", clock=Clock(), random=random.Random(1), sleep=lambda _: None)
+    repo = Repository.create(LocalObjectStore(root), author=author, threads=0)
+    rng = random.Random(2)
+
+    model = repo.artifact("model")
+    tensors = {f"layer.{i}": rng.randbytes(1000 + i) for i in range(20)}
+    with model.transaction("first", {"step": 0, "val/loss": 2.5, "best": None}) as txn:
+        txn.add_bytes("checkpoint/model.safetensors", safetensors(tensors))
+        txn.add_bytes("logs/train.txt", b"step 0 loss 2.5\n" * 100)
+        txn.add_bytes("empty", b"")
+        txn.add_bytes("päth/ünï.txt", "Grüße\n".encode())
+        txn.add_url("data/train.parquet", "s3://elsewhere/train.parquet", size=123, checksum="etag:abc")
+        script = work / "run.sh"
+        script.write_bytes(b"#!/bin/sh\nexit 0\n")
+        script.chmod(0o755)
+        txn.add(script)
+        txn.alias("best")
+    tensors["layer.3"] = rng.randbytes(1003)
+    with model.transaction("second", {"step": 100, "nan": float("nan")}) as txn:
+        txn.add_bytes("checkpoint/model.safetensors", safetensors(tensors))
+        txn.add_bytes("logs/train.txt", b"step 0 loss 2.5\n" * 100 + b"step 100 loss 2.0\n" * 50)
+        txn.remove("empty")
+        txn.alias("best")
+    # More than 256 chunks, all but a few alike: their list stands in parts.
+    many = {f"t{i:03}": bytes([i % 3]) * 65_536 for i in range(300)}
+    with model.transaction("large") as txn:
+        txn.add_bytes("large.safetensors", safetensors(many))
+    model.tag("release-1", 1)
+    with model.transaction("to be deleted") as txn:
+        txn.add_bytes("oops.txt", b"oops")
+    with model.transaction("to come back") as txn:
+        txn.add_bytes("back.txt", b"back")
+        txn.remove("oops.txt")
+    model.delete(3, 4)
+    model.undelete(4)
+
+    folder = repo.artifact("folder")
+    with folder.transaction("many files") as txn:
+        for i in range(3000):
+            txn.add_bytes(f"part-{i // 500}/{i:05}.txt", f"{i}\n".encode())
+    with folder.transaction("from elsewhere") as txn:
+        txn.copy("model:best", "checkpoint", at="weights")
+
+    gone = repo.artifact("gone")
+    with gone.transaction() as txn:
+        txn.add_bytes("a", b"a")
+    gone.rename("removed")
+    gone.remove()
+
+    # Ops that no command of this release writes.
+    log = model.open_log()
+    root_before = log.state.versions[0].root
+    upload = Upload(repo.store, index=Index(), threads=0, new_id=author.new_id)
+    rows = {item.row.path: item for item in Tree(repo.reader, root_of(root_before)).rows()}
+    moved = edit_tree(repo.reader, upload, None, rows)
+    upload.flush()
+    upload.close()
+
+    def append(*ops: object) -> None:
+        log.append(author.new_id().hex(), lambda _: ops, author)  # type: ignore[arg-type]
+
+    append(RepackOp(0, root_before, address_of(moved.address), []))
+    append(AnnotateOp(1, {"restored": "2026-02-01T00:00:00Z", "note": "good"}))
+    append(FenceOp(EPOCH))
+    repo.catalog.append(author.new_id().hex(), lambda _: [FenceOp(EPOCH), SettingsOp({"golden": True})], author)
+    repo.store.put(f"gc/{EPOCH}", encode_gc_list(EPOCH, ["packs/" + "00" * 16]))
+    repo.store.put(f"head/{log.id}", encode_head(log.lines[:7]))
+    last = log.records[-1]
+    optional = {
+        "format": 1,
+        "seq": last.seq + 1,
+        "txn": author.new_id().hex(),
+        "prev": last.seal,
+        "at": author.now(),
+        "by": "somebody newer",
+        "ops": [{"op": "from-the-future", "optional": True, "facts": [1, 2, 3]}],
+    }
+    repo.store.create(log_key(log.id, last.seq + 1), seal(optional))
+    return facts(Repository(LocalObjectStore(root), threads=0))
+
+
+def facts(repo: Repository) -> dict[str, object]:
+    """What a reader finds: the same, whatever a compressor made of the bytes."""
+    found: dict[str, object] = {"id": repo.id, "settings": {k: v for k, v in repo.settings().items() if k != "probe"}}
+    for artifact in repo.artifacts():
+        versions = {}
+        for version in artifact.versions():
+            assets = {}
+            for path, asset in version.assets.items():
+                if asset.kind == "url":
+                    assets[path] = [asset.url, asset.size, asset.checksum]
+                else:
+                    with version.open(path) as file:
+                        content = hashlib.sha256(file.read()).hexdigest()
+                    assets[path] = [asset.size, asset.digest, asset.executable, content]
+            # Thousands of alike files need not be spelled out.
+            listed = assets if len(assets) < 100 else hashlib.sha256(json.dumps(assets).encode()).hexdigest()
+            versions[str(version.number)] = {
+                "digest": version.digest,
+                "message": version.message,
+                "metadata": dict(version.metadata),
+                "facts": dict(version.facts),
+                "created": version.created.isoformat(),
+                "by": version.created_by,
+                "parent": version.parent,
+                "used": list(version.used),
+                "assets": listed,
+            }
+        found[artifact.name] = {
+            "versions": versions,
+            "aliases": artifact.aliases(),
+            "tags": artifact.tags(),
+            "moves": [[step.name, step.version] for step in artifact.moves()],
+            "deleted": [version.number for version in artifact.deleted()],
+        }
+    return found
+
+
+if __name__ == "__main__":
+    home = Path(sys.argv[1])
+    work = home / "work"
+    shutil.rmtree(home / "format-1", ignore_errors=True)
+    os.makedirs(work)
+    (home / "format-1.json").write_text(json.dumps(make(home / "format-1", work), indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(work)

@@ -56,9 +56,10 @@ def _fsck_text(report: FsckReport, deep: bool) -> str:
     lines = [f"{found.invariant}  {clean(found.where)}: {clean(found.problem)}" for found in report.findings]
     if report.hurt:
         lines.append(f"cannot be read in full: {', '.join(map(clean, report.hurt))}")
-    sizes = ("bytes", "bytes read")
+    sizes = {"bytes": "stored", "bytes read": "read and hashed"}
     counts = [
-        f"{size(n)} {what[6:]}".rstrip() if what in sizes else f"{n:,} {what}" for what, n in report.checked.items()
+        f"{size(n)} {sizes[what]}" if what in sizes else count(n, what.removesuffix("s"))
+        for what, n in report.checked.items()
     ]
     lines.append(f"checked {', '.join(counts) or 'an empty repository'}")
     if not report.ok:
@@ -134,7 +135,7 @@ def _round_trip(repo: Repository) -> str:
         start = time.perf_counter()
         repo.store.get("mandapa.json")
         times.append(time.perf_counter() - start)
-    return f"{sorted(times)[len(times) // 2] * 1000:.1f} ms a request"
+    return f"{sorted(times)[len(times) // 2] * 1000:.2f} ms a request"
 
 
 def _write(repo: Repository) -> str:

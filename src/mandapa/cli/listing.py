@@ -326,10 +326,14 @@ def _diff_text(entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> s
         click.style(f"{mark} {clean(path).ljust(width)}", fg=_COLOURS[mark]) + f"  {sizes}"
         for mark, path, sizes, _, _ in entries
     ]
-    rows = [(f"  {clean(key)}", f"{value(old)} -> {value(new)}") for key, (old, new) in metadata.items()]
+    rows = [(f"  {clean(key)}", f"{_given(old)} -> {_given(new)}") for key, (old, new) in metadata.items()]
     if rows:
         lines += ["metadata", table(rows)]
     return "\n".join(lines) or "no difference"
+
+
+def _given(item: Any) -> str:
+    return "(none)" if item is None else value(item)
 
 
 def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> dict[str, Any]:

@@ -68,9 +68,11 @@ def time(then: datetime) -> str:
 
 
 def value(item: Any) -> str:
-    """A metadata value on one line."""
+    """A metadata value on one line; of floats six digits."""
     import json
 
+    if isinstance(item, float):
+        return f"{item:.6g}"
     return clean(item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
 
 

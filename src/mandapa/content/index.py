@@ -112,7 +112,7 @@ class Index:
         for hash_, value in rows:
             place = _unseal(hash_, value)
             if place is not None and len(place) == _PLACE.size:
-                found[hash_] = Piece._make((*_PLACE.unpack(place), hash_))
+                found[hash_] = Piece._make((*_PLACE.unpack(place), hash_, None))
         return found
 
     def lookup_asset(self, digest_: bytes) -> tuple[Piece, ...] | None:

@@ -5,34 +5,38 @@ from __future__ import annotations
 import io
 import os
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
 from typing import TypeAlias
 
+import msgspec
+
 from mandapa.content.index import Piece
 from mandapa.content.transfer import fetch, pieces_of, plan
 from mandapa.content.tree import Located
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError
-from mandapa.format.manifest import Node, NodeAddress, UrlRow
+from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, UrlRow
 from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["AssetFile"]
 
 _KEPT = 32 << 20  # bytes of decoded chunks that stay at hand, at least two chunks
-_AHEAD = 8 << 20  # bytes that one thread fetches ahead of a reader that goes on where it stopped
+_WINDOW = 8 << 20  # bytes that are fetched at a time
 _MOVES = 3
 
 _Chunks: TypeAlias = dict[int, Buffer]
+_Span: TypeAlias = tuple[int, Piece]
 
 
 class AssetFile(io.RawIOBase):
     """An asset's bytes, read-only and seekable; every byte handed out was verified.
 
-    Fetches the chunks that a read touches, neighbours by one request, and keeps about 32 MiB of them. A reader that
-    goes on where it stopped is given what comes next from other threads. `pread` may be called from several threads;
+    Fetches the chunks that a read touches, neighbours by one request, and keeps about 32 MiB of them. For a reader that
+    goes on where it stopped other threads fetch what comes next, never more than it has read so far.
+    `pread` may be called from several threads;
     `read` and `seek` share one position. A forked child gets `ClosedError`. For small reads, wrap it in
     `io.BufferedReader`.
 
@@ -69,15 +73,15 @@ class AssetFile(io.RawIOBase):
         self._threads = threads
         self._position = 0
         self._next = -1  # where the last read ended
+        self._run = 0  # bytes read without a jump
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
         self._ahead: dict[int, Future[_Chunks]] = {}
+        self._ahead_end = 0
         self._kept: OrderedDict[int, Buffer] = OrderedDict()
         self._kept_bytes = 0
-        self._pieces: list[Piece] | None = None
-        self._ends: list[int] = []
-        self._located = located
+        self._layout = _Layout(located, load)
 
     def readable(self) -> bool:
         """True."""
@@ -110,8 +114,14 @@ class AssetFile(io.RawIOBase):
         """
         self._check()
         view = memoryview(buffer).cast("B")
-        done = self._read(view, self._position)
+        if self._position != self._next:
+            self._run = 0
+            self._ahead.clear()
+            self._ahead_end = 0
+        done = self._read(view, self._position, self._run)
         self._position += done
+        self._run += done
+        self._next = self._position
         return done
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -120,7 +130,7 @@ class AssetFile(io.RawIOBase):
         if length < 0 or offset < 0:
             raise InvalidInputError("length and offset must not be negative")
         data = bytearray(min(length, max(0, self.size - offset)))
-        self._read(memoryview(data), offset)
+        self._read(memoryview(data), offset, 0)
         return bytes(data)
 
     def readall(self) -> bytes:
@@ -146,122 +156,140 @@ class AssetFile(io.RawIOBase):
         if self._pid != os.getpid():
             raise ClosedError(f"{self.name} was opened by the process that forked this one: open it here")
 
-    def _read(self, view: memoryview, offset: int) -> int:
+    def _read(self, view: memoryview, offset: int, ahead: int) -> int:
         with self._lock:
             length = max(0, min(len(view), self.size - offset))
             if not length:
                 return 0
             for _ in range(_MOVES):
                 try:
-                    self._copy(view[:length], offset)
-                    break
-                except NotFoundError:
-                    self._go_on()
-            else:
-                raise CorruptionError(
-                    f"{self.name}: its manifest names bytes that are not in the store: run `mandapa fsck`"
-                )
-            self._next = offset + length
-            return length
+                    self._copy(view[:length], offset, ahead)
+                    return length
+                except NotFoundError as error:
+                    self._go_on(error)
+            raise CorruptionError(
+                f"{self.name}: its manifest names bytes that are not in the store: run `mandapa fsck`"
+            )
 
-    def _go_on(self) -> None:
+    def _go_on(self, error: NotFoundError) -> None:
         """Take the row as it is now, after a container was gone."""
         if self._moved is None:
-            raise  # noqa: PLE0704 - called while the NotFoundError is handled
+            raise error
         located = self._moved()
         row = located.row
         if isinstance(row, UrlRow) or row.digest != self._digest:
             raise CorruptionError(f"{self.name} is another file now")
-        self._located = located
-        self._pieces = None
+        self._layout = _Layout(located, self._load)
         self._ahead.clear()
+        self._ahead_end = 0
         self._kept.clear()
         self._kept_bytes = 0
 
-    def _copy(self, view: memoryview, offset: int) -> None:
-        if self._pieces is None:
-            self._pieces = list(pieces_of(self._located, self._load))
-            self._ends = list(accumulate([piece.raw for piece in self._pieces]))
-        ends = self._ends
-        first = bisect_right(ends, offset)
+    def _copy(self, view: memoryview, offset: int, ahead: int) -> None:
+        """Fill ``view``, and have up to ``ahead`` bytes after it fetched."""
         end = offset + len(view)
-        sequential = offset == self._next
-        at = first
-        done = 0
-        while done < len(view):
-            # As much at a time as may be kept, so that memory stays bounded however much is read.
-            last = self._reach(at, _AHEAD)
-            last = min(last, bisect_right(ends, end - 1) + 1)
-            chunks = self._chunks(at, last)
-            if self._threads and (sequential or last - 1 < bisect_right(ends, end - 1)):
-                self._fetch_ahead(last)
-            for i in range(at, last):
-                start = ends[i - 1] if i else 0
-                part = memoryview(chunks[i])[max(0, offset + done - start) : end - start]
-                view[done : done + len(part)] = part
-                done += len(part)
-            at = last
+        at = offset
+        while at < end:
+            # A window at a time, so that memory stays bounded however much is read.
+            spans = self._layout.chunks(at, min(at + _WINDOW, end))
+            chunks = self._chunks(spans)
+            reached = spans[-1][0] + spans[-1][1].raw
+            self._fetch_ahead(reached, max(end, reached + ahead))
+            for start, piece in spans:
+                part = memoryview(chunks[start])[at - start : min(piece.raw, end - start)]
+                view[at - offset : at - offset + len(part)] = part
+                at += len(part)
 
-    def _reach(self, first: int, size: int) -> int:
-        """The end of the chunks from ``first`` on that have ``size`` bytes together, at least one."""
-        assert self._pieces is not None
-        start = self._ends[first - 1] if first else 0
-        return min(max(first + 1, bisect_right(self._ends, start + size)), len(self._pieces))
-
-    def _chunks(self, first: int, last: int) -> _Chunks:
+    def _chunks(self, spans: list[_Span]) -> _Chunks:
         found: _Chunks = {}
         missing = []
-        for i in range(first, last):
-            if i not in self._kept and i in self._ahead:
-                for j, value in self._take(i).items():
-                    self._keep(j, value)
-            value_ = self._kept.get(i)
-            if value_ is None:
-                missing.append(i)
+        for span in spans:
+            start = span[0]
+            if start not in self._kept and start in self._ahead:
+                for other, value in self._take(start).items():
+                    self._keep(other, value)
+            kept = self._kept.get(start)
+            if kept is None:
+                missing.append(span)
             else:
-                self._kept.move_to_end(i)
-                found[i] = value_
+                self._kept.move_to_end(start)
+                found[start] = kept
         if missing:
-            for i, value in self._fetch(missing).items():
-                found[i] = value
-                self._keep(i, value)
+            for start, value in self._fetch(missing).items():
+                found[start] = value
+                self._keep(start, value)
         return found
 
-    def _take(self, i: int) -> _Chunks:
-        future = self._ahead[i]
-        for j in [j for j, other in self._ahead.items() if other is future]:
-            del self._ahead[j]
+    def _take(self, start: int) -> _Chunks:
+        future = self._ahead[start]
+        for other in [other for other, theirs in self._ahead.items() if theirs is future]:
+            del self._ahead[other]
         return future.result()
 
-    def _keep(self, i: int, value: Buffer) -> None:
-        if i not in self._kept:
-            self._kept[i] = value
+    def _keep(self, start: int, value: Buffer) -> None:
+        if start not in self._kept:
+            self._kept[start] = value
             self._kept_bytes += len(value)
             while self._kept_bytes > _KEPT and len(self._kept) > 2:
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1])
 
-    def _fetch(self, wanted: list[int]) -> _Chunks:
-        assert self._pieces is not None
-        pieces = [self._pieces[i] for i in wanted]
+    def _fetch(self, spans: list[_Span]) -> _Chunks:
+        pieces = [piece for _, piece in spans]
         found: _Chunks = {}
         for request in plan(pieces):
             values = fetch(self._store, request, pieces, lambda _: self.name)
-            found.update(zip([wanted[i] for i in request.wanted], values, strict=True))
+            found.update(zip([spans[i][0] for i in request.wanted], values, strict=True))
         return found
 
-    def _fetch_ahead(self, first: int) -> None:
-        """Have other threads fetch what comes from chunk ``first`` on."""
-        assert self._pieces is not None
+    def _fetch_ahead(self, begin: int, stop: int) -> None:
+        """Have other threads fetch what is between ``begin`` and ``stop``, as far as threads reach."""
+        most = self._threads * _WINDOW
+        stop = min(stop, begin + most, self.size)
+        begin = max(begin, self._ahead_end)
+        # Half of what may be under way at a time, so that the requests stay few.
+        if begin >= stop or (stop < self.size and stop - begin < most // 2 and self._ahead):
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="mandapa-ahead")
-        for i in [i for i in self._ahead if i < first]:
-            del self._ahead[i]  # the reader went elsewhere
-        for _ in range(self._threads):
-            if first >= len(self._pieces):
-                return
-            last = self._reach(first, _AHEAD)
-            wanted = [i for i in range(first, last) if i not in self._ahead and i not in self._kept]
-            if wanted:
-                future = self._pool.submit(self._fetch, wanted)
-                self._ahead.update(dict.fromkeys(wanted, future))
-            first = last
+        for at in range(begin, stop, _WINDOW):
+            spans = self._layout.chunks(at, min(at + _WINDOW, stop))
+            spans = [span for span in spans if span[0] not in self._ahead and span[0] not in self._kept]
+            if spans:
+                self._ahead.update(dict.fromkeys([start for start, _ in spans], self._pool.submit(self._fetch, spans)))
+        self._ahead_end = stop
+
+
+class _Layout:
+    """Which chunks hold which bytes; parts of a large file are loaded when their bytes are asked for."""
+
+    def __init__(self, located: Located, load: Callable[[NodeAddress], Node]) -> None:
+        row, table = located
+        assert not isinstance(row, UrlRow)
+        self._load = load
+        self._parts: list[Located]
+        if isinstance(row, LargeFileRow):
+            self._parts = [Located(msgspec.structs.replace(row, parts=(part,)), table) for part in row.parts]
+            self._ends = list(accumulate([part.raw for part in row.parts]))
+        else:
+            self._parts = [located]
+            self._ends = [row.size]
+        self._spans: dict[int, tuple[list[int], list[Piece]]] = {}
+
+    def chunks(self, begin: int, end: int) -> list[_Span]:
+        """The chunks that hold ``[begin, end)``, each with the offset of its first byte; ``end`` is above ``begin``."""
+        found: list[_Span] = []
+        for i in range(bisect_right(self._ends, begin), bisect_left(self._ends, end) + 1):
+            starts, pieces = self._part(i)
+            first = max(bisect_right(starts, begin) - 1, 0)
+            last = bisect_left(starts, end)
+            found += zip(starts[first:last], pieces[first:last], strict=True)
+        return found
+
+    def _part(self, i: int) -> tuple[list[int], list[Piece]]:
+        part = self._spans.get(i)
+        if part is None:
+            pieces = list(pieces_of(self._parts[i], self._load))
+            start = self._ends[i - 1] if i else 0
+            starts = list(accumulate([piece.raw for piece in pieces], initial=start))
+            part = self._spans[i] = (starts[:-1], pieces)
+        return part

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import msgspec
-
 from mandapa.errors import CorruptionError
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import (
     Branch,
     ChildRow,
-    FileRow,
     LargeFileRow,
     Leaf,
     Node,
@@ -22,6 +19,7 @@ from mandapa.format.manifest import (
     Row,
     UrlRow,
     decode_node,
+    node_digest,
 )
 from mandapa.object_store.base import ObjectStore
 
@@ -48,6 +46,7 @@ class NodeReader:
         self._keep = keep
         self._on_leaf = on_leaf
         self._nodes: dict[bytes, Node] = {}
+        self._digests: dict[bytes, bytes] = {}
 
     def load(self, address: NodeAddress) -> Node:
         """The node at ``address``.
@@ -66,11 +65,22 @@ class NodeReader:
                 self._on_leaf(node)
         return node
 
+    def digest(self, address: NodeAddress) -> bytes:
+        """The logical digest of a leaf or branch."""
+        found = self._digests.get(address.hash)
+        if found is None:
+            node = self.load(address)
+            if isinstance(node, Part):
+                raise CorruptionError(f"{container_key(address.container)}: a list of chunks instead of assets")
+            found = self._digests[address.hash] = node_digest(node)
+        return found
+
     def remember(self, hash_: bytes, node: Node) -> None:
         """Keep a node that was just read or written."""
         if len(self._nodes) >= self._keep:
             for old in list(self._nodes)[: self._keep // 4]:
                 self._nodes.pop(old, None)
+                self._digests.pop(old, None)
         self._nodes[hash_] = node
 
 
@@ -179,9 +189,16 @@ class Tree:
     def child(self, branch: Branch, at: int) -> Node:
         """The node below row ``at`` of a branch, checked to fit there."""
         row = branch.rows[at]
-        node = self.reader.load(child_address(row, branch.containers))
+        address = child_address(row, branch.containers)
+        node = self.reader.load(address)
         level = node.level if isinstance(node, Branch) else 0
-        if isinstance(node, Part) or level != branch.level - 1 or not node.rows or node.rows[0].path != row.path:
+        if (
+            isinstance(node, Part)
+            or level != branch.level - 1
+            or not node.rows
+            or node.rows[0].path != row.path
+            or self.reader.digest(address) != row.digest
+        ):
             raise CorruptionError(f"the manifest node at {row.path!r} does not fit its parent")
         return node
 

@@ -165,9 +165,10 @@ class Upload:
             StorageError: A put failed, or the disk did.
         """
         self._check()
+        source = os.path.abspath(source)
         if stat is not None:
             if digest_hint is None:
-                digest_hint = self._index.known_file(os.path.abspath(source), stat)
+                digest_hint = self._index.known_file(source, stat)
             if digest_hint is not None:
                 located = self._reuse(
                     at, stat.st_size, file_mode(stat), digest_hint, base, self._placer.find([digest_hint])
@@ -196,13 +197,12 @@ class Upload:
         """The row of an asset whose bytes are at hand; ``data`` may change after the call. Raises `StorageError`."""
         self._check()
         source = BytesSource(data)
-        hits = len(self.hits)
         if source.size < STRUCTURED_MIN:
             content = bytes(data)
             located = self._place_small([_Small(0, at, 0, content, digest(content))], [base])[0]
         else:
             located = self._take(source, at, 0, base)
-        if len(self.hits) > hits or located.table is not self.table:
+        if not self.fresh.issuperset([piece.container for piece in pieces_of(located, self._nodes.load)]):
             # Found, not stored: if what was found turns out to be condemned, only these bytes are left.
             self._sources[at] = bytes(data)
         return located
@@ -322,7 +322,7 @@ class Upload:
                     located = self._take(content, at, file_mode(before), base)
                 assert isinstance(located.row, (FileRow, LargeFileRow))
                 if check_unchanged(fd, before, located.row.digest, source):
-                    self._index.remember_file(os.path.abspath(source), before, located.row.digest, started)
+                    self._index.remember_file(source, before, located.row.digest, started)
             finally:
                 os.close(fd)
         return located

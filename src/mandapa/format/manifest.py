@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -47,6 +47,9 @@ INLINE_CHUNKS = 64
 PART_CHUNKS = 1024
 """Chunks in a part, at most."""
 
+PARTS_MAX = 16_384
+"""Parts of a file, at most: 64 TiB in chunks of 4 MiB."""
+
 LEAF_LIMITS = (128, 1024, 512)
 """Least and most rows of a leaf; in between a row ends it when the hash of its path is below 2**32 / 512."""
 
@@ -56,6 +59,10 @@ BRANCH_LIMITS = (64, 512, 256)
 _ADDRESS_SIZE = 17
 _CODEC_MAX = (1 << 16) - 1
 _PART_MAX = PART_CHUNKS * CHUNK_MAX
+
+# Limits that the decoder keeps itself, so that a node of many tiny rows does not become many objects first.
+Container: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=_ADDRESS_SIZE, max_length=_ADDRESS_SIZE)]
+Hash: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_SIZE, max_length=DIGEST_SIZE)]
 
 
 class Chunk(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -81,9 +88,9 @@ class FileRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_field
     size: int
     mode: int
     """1 when the file is executable, else 0."""
-    digest: bytes
+    digest: Hash
     """BLAKE3 of the whole content."""
-    chunks: tuple[Chunk, ...]
+    chunks: Annotated[tuple[Chunk, ...], msgspec.Meta(max_length=INLINE_CHUNKS)]
 
 
 class UrlRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1, gc=False):
@@ -102,7 +109,7 @@ class PartAddress(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_f
     container: int
     offset: int
     stored: int
-    hash: bytes
+    hash: Hash
     raw: int
     """Bytes of the asset that the part's chunks hold together."""
 
@@ -113,8 +120,8 @@ class LargeFileRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_
     path: str
     size: int
     mode: int
-    digest: bytes
-    parts: tuple[PartAddress, ...]
+    digest: Hash
+    parts: Annotated[tuple[PartAddress, ...], msgspec.Meta(max_length=PARTS_MAX)]
 
 
 Row: TypeAlias = FileRow | UrlRow | LargeFileRow
@@ -137,8 +144,8 @@ class ChildRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
     container: int
     offset: int
     stored: int
-    hash: bytes
-    digest: bytes
+    hash: Hash
+    digest: Hash
     """The child's logical digest."""
     assets: int
     size: int
@@ -148,24 +155,24 @@ class ChildRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fiel
 class Leaf(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=0):
     """A node that holds assets."""
 
-    containers: list[bytes]
+    containers: list[Container]
     """Every container that the rows need, bases of deltas included; 17 bytes each."""
-    rows: list[Row]
+    rows: Annotated[list[Row], msgspec.Meta(max_length=LEAF_LIMITS[1])]
 
 
 class Branch(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=1):
     """A node that holds nodes."""
 
-    containers: list[bytes]
+    containers: list[Container]
     level: int
     """1 above leaves, one more than its children otherwise."""
-    rows: list[ChildRow]
+    rows: Annotated[list[ChildRow], msgspec.Meta(max_length=BRANCH_LIMITS[1])]
 
 
 class Part(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=2):
     """A node that holds a range of one large file's chunks."""
 
-    containers: list[bytes]
+    containers: list[Container]
     rows: list[Chunk]
 
 
@@ -299,7 +306,7 @@ def _check_file(row: FileRow, count: int) -> None:
 
 
 def _check_large(row: LargeFileRow, count: int) -> None:
-    if len(row.digest) != DIGEST_SIZE or row.mode not in (0, 1) or not row.parts:
+    if len(row.digest) != DIGEST_SIZE or row.mode not in (0, 1) or not 0 < len(row.parts) <= PARTS_MAX:
         raise _BrokenError(f"the row of {row.path!r}")
     total = 0
     for part in row.parts:

@@ -122,9 +122,7 @@ class AzureObjectStore(CloudObjectStore):
             if shutil.which("az"):
                 config["use_azure_cli"] = True
             else:
-                require_metadata_service(
-                    self.url, "169.254.169.254", "run 'az login', or set AZURE_STORAGE_ACCOUNT_KEY"
-                )
+                require_metadata_service(self.url, "run 'az login', or set AZURE_STORAGE_ACCOUNT_KEY")
         return AzureStore(
             self._container,
             prefix=self._prefix or None,

@@ -41,9 +41,8 @@ _PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9 !_.'()@&$=;:+,-]+")
 _GAP = 16 * 1024
 """Ranges nearer than this many bytes are one request: less than any link carries in one round trip."""
 _PAGE = 1000
+_METADATA_SERVICE = ("169.254.169.254", 80)  # the same in all three clouds
 _METADATA_PATIENCE = 2.0  # seconds; machines that have a metadata service answer within milliseconds
-
-_GCLOUD_LOGIN = "~/.config/gcloud/application_default_credentials.json"
 
 
 class CloudObjectStore:
@@ -151,14 +150,14 @@ class CloudObjectStore:
         import obstore
 
         with self._asking("write", check_key(key)) as client:
-            obstore.put(client, key, data, use_multipart=False)
+            obstore.put(client, key, memoryview(data), use_multipart=False)
 
     def create(self, key: str, data: Buffer) -> None:
         """Store ``data`` in one request unless the key is taken. Raises as `put`, and `AlreadyExistsError`."""
         import obstore
 
         with self._asking("create", check_key(key)) as client:
-            obstore.put(client, key, data, mode="create", use_multipart=False)
+            obstore.put(client, key, memoryview(data), mode="create", use_multipart=False)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; many in one request where the service can. Raises `AccessDeniedError`, `StorageError`."""
@@ -188,6 +187,8 @@ class CloudObjectStore:
     @contextmanager
     def _asking(self, doing: str, key: str) -> Iterator[Client]:
         """A client that works in this process; obstore's errors become ours."""
+        from obstore.exceptions import BaseError
+
         _claim_process(self.url)
         try:
             if self._client is None:
@@ -195,7 +196,7 @@ class CloudObjectStore:
             yield self._client
         except MandapaError:
             raise
-        except Exception as error:  # noqa: BLE001 - obstore also raises built-in errors; all of them are told apart there
+        except (BaseError, OSError) as error:
             raise translate(
                 error, doing=doing, key=key, url=self.url, place=self._place, permissions=self._permissions
             ) from None
@@ -213,7 +214,9 @@ class CloudObjectStore:
     def _check_place(self) -> None:
         """A HEAD of a missing key and one in a missing bucket get the same bare 404: ask once which it was."""
         if not self._place_seen:
-            next(self.list(""), None)
+            with suppress(AccessDeniedError):  # to list, which the caller did not ask for
+                next(self.list(""), None)
+            self._place_seen = True
 
     def _client_options(self, endpoint: str | None) -> ClientConfig:
         defaults: ClientConfig = {
@@ -249,14 +252,14 @@ def _claim_process(url: str) -> None:
         )
 
 
-def require_metadata_service(url: str, host: str, advice: str) -> None:
-    """Nothing, on a cloud's machine, where ``host`` answers; elsewhere obstore would go on asking it for minutes.
+def require_metadata_service(url: str, advice: str) -> None:
+    """Nothing, on a cloud's machine, where this service answers; elsewhere obstore would go on asking it for minutes.
 
     Raises:
         AccessDeniedError: it does not answer within two seconds; ``advice`` says what to do instead.
     """
     try:
-        socket.create_connection((host, 80), timeout=_METADATA_PATIENCE).close()
+        socket.create_connection(_METADATA_SERVICE, timeout=_METADATA_PATIENCE).close()
     except OSError:
         raise AccessDeniedError(f"no credentials for {url} on this machine: {advice}") from None
 

@@ -81,6 +81,8 @@ def translate(
         return StorageError(f"{what}: the {place} is in another region; pass region= ({said})")
     if any(hint in summary for hint in _METADATA):
         return AccessDeniedError(f"{what}: no credentials were found, and the machine's metadata service gave none")
+    if not status and type(error).__name__ == "UnauthenticatedError":
+        return AccessDeniedError(f"{what}: no credentials could be got ({said})")
     if status[:3] in {"401", "403"}:
         return AccessDeniedError(f"{what}: the store refused ({said}); probably {permissions[doing]} is missing")
     if doing == "create" and (status[:3] in {"409", "412"} or type(error).__name__ == "AlreadyExistsError"):

@@ -97,7 +97,6 @@ class GCSObjectStore(CloudObjectStore):
         elif not any(map(os.environ.get, _GCS_ENVIRONMENT)) and not os.path.exists(os.path.expanduser(_GCLOUD_LOGIN)):
             require_metadata_service(
                 self.url,
-                "metadata.google.internal",
                 "run 'gcloud auth application-default login', or set GOOGLE_APPLICATION_CREDENTIALS to a key file",
             )
         if endpoint:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from stat import S_ISDIR
 
-from mandapa.errors import AccessDeniedError, AlreadyExistsError, CorruptionError, NotFoundError, StorageError
+from mandapa.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    CorruptionError,
+    MandapaError,
+    NotFoundError,
+    StorageError,
+)
 from mandapa.object_store.base import Buffer, ObjectInfo
 from mandapa.object_store.keys import check_key, check_prefix, check_ranges, is_segment
 
@@ -32,6 +37,7 @@ _ADVICE = {
     errno.EACCES: "permission denied: let this user read and write the directory",
     errno.EPERM: "not permitted: let this user read and write the directory",
     errno.EISDIR: "a directory stands where the object would go: in a local directory no key is the folder of another",
+    errno.EEXIST: "a file stands where a directory is needed: remove it, or use another directory",
     errno.ENOTDIR: "a file stands where a directory is needed: in a local directory no key is the folder of another",
     errno.EXDEV: "part of the directory is on another file system: keep the whole directory on one",
     errno.ELOOP: "a symbolic link stands where an object is expected: links are not objects",
@@ -73,6 +79,8 @@ class LocalObjectStore:
     @property
     def url(self) -> str:
         """``file://`` and the absolute path, percent-encoded."""
+        from pathlib import Path  # not needed otherwise, and slow to import
+
         return Path(self._root).as_uri()
 
     def get(self, key: str) -> Buffer:
@@ -173,8 +181,11 @@ class LocalObjectStore:
             if key.endswith("/"):
                 yield from self._walk(key, prefix, start_after)
             elif key > start_after:
-                with suppress(FileNotFoundError):
-                    yield _info(key, entry.stat(follow_symlinks=False))
+                try:
+                    stat = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                yield _info(key, stat)
 
     # Writing
 
@@ -204,7 +215,7 @@ class LocalObjectStore:
             os.makedirs(folder, exist_ok=True)
             _sweep(folder)
             self._swept = True
-        temp = f"{folder}/{secrets.token_hex(16)}"
+        temp = f"{folder}/{os.urandom(16).hex()}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             fd = os.open(temp, flags, 0o666)
@@ -280,11 +291,7 @@ class LocalObjectStore:
         """System errors become ours, with advice."""
         try:
             yield
-        except FileExistsError as error:
-            if isinstance(error, AlreadyExistsError):
-                raise
-            raise AlreadyExistsError(f"{self._root}/{key} is there already") from None
-        except (NotFoundError, StorageError):
+        except MandapaError:
             raise
         except OSError as error:
             advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
@@ -297,6 +304,8 @@ class LocalObjectStore:
 def _link(temp: str, target: str) -> None:
     try:
         os.link(temp, target)
+    except FileExistsError:
+        raise AlreadyExistsError(f"{target} is there already") from None
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise

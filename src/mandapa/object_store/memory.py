@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import NoReturn, TypeAlias
@@ -34,7 +34,7 @@ class MemoryObjectStore:
     # No lock, so that a fork can never inherit a held one: each method touches the dict by one atomic call.
 
     def __init__(self, name: str | None = None) -> None:
-        self._name = name or f"anonymous-{secrets.token_hex(8)}"
+        self._name = name or f"anonymous-{os.urandom(8).hex()}"
         self._objects: _Objects = _named.setdefault(name, {}) if name else {}
 
     @property

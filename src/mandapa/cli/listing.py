@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mandapa.address import Address, parse_address
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import age, clean, count, first_line, size, table, value
 from mandapa.errors import InvalidInputError, NotFoundError
@@ -33,6 +32,8 @@ def log(session: Session, address: str | None, max_count: int | None, deleted: b
 
     With a PATH only the versions in which that file or folder changed; with a REF, from that version back.
     """
+    from mandapa.address import Address, parse_address
+
     repo = session.open()
     if address is None:
         if deleted:

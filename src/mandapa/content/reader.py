@@ -36,9 +36,8 @@ class AssetFile(io.RawIOBase):
 
     Fetches the chunks that a read touches, neighbours by one request, and keeps about 32 MiB of them. For a reader that
     goes on where it stopped other threads fetch what comes next, never more than it has read so far.
-    `pread` may be called from several threads;
-    `read` and `seek` share one position. A forked child gets `ClosedError`. For small reads, wrap it in
-    `io.BufferedReader`.
+    `pread` may be called from several threads; `read` and `seek` share one position. A forked child gets `ClosedError`.
+    For small reads, wrap it in `io.BufferedReader`.
 
     Args:
         located: The row of a file.

@@ -10,7 +10,16 @@ import msgspec
 
 from mandapa.digest import DIGEST_SIZE, digest
 from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError
-from mandapa.format.strict import BAD_BYTES, CHUNK_MAX, CONTAINER_MAX, INT_MAX, check_prefix, check_url, open_frame
+from mandapa.format.strict import (
+    BAD_BYTES,
+    CHUNK_MAX,
+    CONTAINER_MAX,
+    INT_MAX,
+    check_prefix,
+    check_url,
+    open_frame,
+    told,
+)
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -215,14 +224,14 @@ def decode_node(stored: bytes | bytearray | memoryview, hash_: bytes, *, key: st
     except msgspec.ValidationError as error:
         text = str(error)
         if text.startswith("Invalid value") or "of at most length" in text:
-            raise FormatVersionError(f"{key}: a manifest node that needs a newer mandapa: {error}") from None
-        raise CorruptionError(f"{key}: a manifest node breaks the format: {error}", key=key) from None
+            raise FormatVersionError(f"{key}: a manifest node that needs a newer mandapa: {told(error)}") from None
+        raise CorruptionError(f"{key}: a manifest node breaks the format: {told(error)}", key=key) from None
     except BAD_BYTES as error:
-        raise CorruptionError(f"{key}: a manifest node is not msgpack: {error}", key=key) from None
+        raise CorruptionError(f"{key}: a manifest node is not msgpack: {told(error)}", key=key) from None
     try:
         _check_node(node)
     except (_BrokenError, InvalidInputError) as error:
-        raise CorruptionError(f"{key}: a manifest node breaks the format: {error}", key=key) from None
+        raise CorruptionError(f"{key}: a manifest node breaks the format: {told(error)}", key=key) from None
     return node
 
 

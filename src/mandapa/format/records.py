@@ -22,6 +22,7 @@ from mandapa.format.strict import (
     open_sealed,
     read_json,
     seal,
+    told,
 )
 
 if sys.version_info >= (3, 14):
@@ -83,7 +84,7 @@ _EPOCH = re.compile(r"[0-9a-z_-][0-9a-z._-]{0,63}", re.ASCII)
 _SWEPT = re.compile(r"(?:packs|meta)/[0-9a-f]{32}|(?:tx|probe)(?:/[0-9a-z_-][0-9a-z._-]{0,254}){1,4}", re.ASCII)
 
 
-class Root(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Root(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     """Where the root node of a version's manifest is."""
 
     object: str
@@ -98,7 +99,7 @@ class _Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     pass
 
 
-class VersionOp(_Op, frozen=True, tag="version", kw_only=True):
+class VersionOp(_Op, frozen=True, gc=False, tag="version", kw_only=True):
     """A new version. Before it: ``number`` is one more than the highest there ever was (or 0)."""
 
     number: Count
@@ -115,40 +116,40 @@ class VersionOp(_Op, frozen=True, tag="version", kw_only=True):
     """Features that a reader of this version must have."""
 
 
-class AliasOp(_Op, frozen=True, tag="alias"):
+class AliasOp(_Op, frozen=True, gc=False, tag="alias"):
     """Move an alias, or drop it (``version`` null). Before it: the version is live, no tag has the name."""
 
     name: str
     version: Count | None
 
 
-class TagOp(_Op, frozen=True, tag="tag"):
+class TagOp(_Op, frozen=True, gc=False, tag="tag"):
     """Make a tag, or drop it (null). Before it: the version is live, the name never was a tag nor is an alias."""
 
     name: str
     version: Count | None
 
 
-class DeleteOp(_Op, frozen=True, tag="delete"):
+class DeleteOp(_Op, frozen=True, gc=False, tag="delete"):
     """Delete versions. Before it: each is live and no alias or tag names it."""
 
     versions: list[Count]
 
 
-class UndeleteOp(_Op, frozen=True, tag="undelete"):
+class UndeleteOp(_Op, frozen=True, gc=False, tag="undelete"):
     """Bring versions back. Before it: each is deleted."""
 
     versions: list[Count]
 
 
-class AnnotateOp(_Op, frozen=True, tag="annotate"):
+class AnnotateOp(_Op, frozen=True, gc=False, tag="annotate"):
     """Add facts to a live version; a null removes one. They stand beside its metadata, which never changes."""
 
     version: Count
     facts: dict[str, Any]
 
 
-class RepackOp(_Op, frozen=True, tag="repack"):
+class RepackOp(_Op, frozen=True, gc=False, tag="repack"):
     """Store a live version's content otherwise: ``root`` replaces ``was``, the digest stays."""
 
     version: Count
@@ -157,37 +158,37 @@ class RepackOp(_Op, frozen=True, tag="repack"):
     requires: list[str] = []
 
 
-class FenceOp(_Op, frozen=True, tag="fence"):
+class FenceOp(_Op, frozen=True, gc=False, tag="fence"):
     """A gc passed here. Who was about to commit checks its packs against the list ``gc/<epoch>`` again."""
 
     epoch: str
 
 
-class CloseOp(_Op, frozen=True, tag="close"):
+class CloseOp(_Op, frozen=True, gc=False, tag="close"):
     """The last record of a log: the artifact is removed."""
 
 
-class RegisterOp(_Op, frozen=True, tag="register"):
+class RegisterOp(_Op, frozen=True, gc=False, tag="register"):
     """Catalog: an artifact. Before it: no live artifact has the name, case aside, and the id was never used."""
 
     name: str
     artifact: str
 
 
-class RenameOp(_Op, frozen=True, tag="rename"):
+class RenameOp(_Op, frozen=True, gc=False, tag="rename"):
     """Catalog: another name for an artifact. Before it: no other live artifact has that name, case aside."""
 
     artifact: str
     name: str
 
 
-class RemoveOp(_Op, frozen=True, tag="remove"):
+class RemoveOp(_Op, frozen=True, gc=False, tag="remove"):
     """Catalog: the artifact is gone and its name free. Its log was closed before."""
 
     artifact: str
 
 
-class SettingsOp(_Op, frozen=True, tag="settings"):
+class SettingsOp(_Op, frozen=True, gc=False, tag="settings"):
     """Catalog: settings of the repository; a null drops one."""
 
     values: dict[str, Any]
@@ -218,7 +219,7 @@ KnownOp: TypeAlias = (
 Op: TypeAlias = KnownOp | UnknownOp
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One commit: ops that happen together and in order."""
 
     seq: int
@@ -319,10 +320,10 @@ def decode_record(data: bytes | bytearray | memoryview, *, key: str, seq: int) -
                 ops.append(UnknownOp(peek.op, peek.optional))
     except msgspec.ValidationError as error:
         if str(error).startswith("Object contains unknown field"):
-            raise FormatVersionError(f"{key}: written by a newer mandapa ({error}): upgrade") from None
-        raise CorruptionError(f"{key}: {error}", key=key) from None
+            raise FormatVersionError(f"{key}: written by a newer mandapa ({told(error)}): upgrade") from None
+        raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     except (*BAD_BYTES, InvalidInputError) as error:
-        raise CorruptionError(f"{key}: {error}", key=key) from None
+        raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     if line.seq != seq or not is_id(line.txn) or not ops:
         raise CorruptionError(
             f"{key}: holds record {line.seq} of transaction {line.txn[:40]!r} with {len(ops)} ops", key=key
@@ -421,7 +422,7 @@ def decode_marker(data: bytes | bytearray | memoryview, *, key: str) -> Marker:
     try:
         marker = msgspec.convert(read_json(bytes(data), key=key), Marker)
     except msgspec.ValidationError as error:
-        raise CorruptionError(f"{key} is not the marker of a repository: {error}", key=key) from None
+        raise CorruptionError(f"{key} is not the marker of a repository: {told(error)}", key=key) from None
     if marker.hash != "blake3":
         raise FormatVersionError(f"{key}: a repository that hashes with {marker.hash[:40]!r}: upgrade mandapa")
     if not is_id(marker.id):
@@ -465,10 +466,10 @@ def decode_gc_list(data: bytes | bytearray | memoryview, *, key: str) -> GcList:
         found = msgspec.json.decode(body, type=GcList)
     except msgspec.ValidationError as error:
         if str(error).startswith("Object contains unknown field"):
-            raise FormatVersionError(f"{key}: written by a newer mandapa ({error}): upgrade") from None
-        raise CorruptionError(f"{key}: {error}", key=key) from None
+            raise FormatVersionError(f"{key}: written by a newer mandapa ({told(error)}): upgrade") from None
+        raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     except BAD_BYTES as error:
-        raise CorruptionError(f"{key}: {error}", key=key) from None
+        raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     wrong = next((name for name in found.objects if not _SWEPT.fullmatch(name)), None)
     if wrong is not None or not _EPOCH.fullmatch(found.epoch) or len(found.objects) > GC_LIST_MAX:
         raise CorruptionError(f"{key}: no list of a gc: epoch {found.epoch[:80]!r}, {(wrong or '')[:80]!r}", key=key)

@@ -40,6 +40,8 @@ __all__ = [
     "open_sealed",
     "read_json",
     "seal",
+    "shown",
+    "told",
 ]
 
 FORMAT = 1
@@ -71,6 +73,18 @@ _SEAL = b',"blake3":"'
 _FRAME = b"\x28\xb5\x2f\xfd"
 
 
+def shown(value: object) -> str:
+    """How a value from outside stands in a message: as its repr, 100 characters of it at most."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def told(error: Exception) -> str:
+    """What a parser said about bytes from outside: 300 characters at most, and none that a terminal would obey."""
+    text = str(error)[:300]
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def is_id(text: str) -> bool:
     """Whether ``text`` is an id of the format: 128 random bits as 32 lower-case hex digits."""
     return _ID.fullmatch(text) is not None
@@ -80,7 +94,7 @@ def check_name(name: str) -> str:
     """``name`` if it can name an artifact, else `InvalidInputError`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidInputError(
-            f"{name!r} cannot name an artifact: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', "
+            f"{shown(name)} cannot name an artifact: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', "
             "the first a letter, digit or '_'"
         )
     return name
@@ -90,11 +104,13 @@ def check_label(name: str) -> str:
     """``name`` if it can name an alias or a tag, else `InvalidInputError`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidInputError(
-            f"{name!r} cannot name an alias or a tag: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', "
+            f"{shown(name)} cannot name an alias or a tag: use 1 to {NAME_MAX} letters, digits, '.', '_' or '-', "
             "the first a letter, digit or '_'"
         )
     if name.lower() == "latest" or _VERSION.fullmatch(name):
-        raise InvalidInputError(f"{name!r} cannot be an alias or a tag: it always means a version by its number or age")
+        raise InvalidInputError(
+            f"{shown(name)} cannot be an alias or a tag: it always means a version by its number or age"
+        )
     return name
 
 
@@ -108,7 +124,7 @@ def check_path(path: str) -> str:
     if not path:
         raise InvalidInputError("a path must not be empty")
     if path == ".mandapa" or path.startswith(".mandapa/"):
-        raise InvalidInputError(f"{path!r}: the folder '.mandapa' is reserved")
+        raise InvalidInputError(f"{shown(path)}: the folder '.mandapa' is reserved")
     return path
 
 
@@ -120,29 +136,29 @@ def check_prefix(path: str) -> str:
         return path
     if _BAD_PATH.search(path):
         raise InvalidInputError(
-            f"{path!r} cannot be a path: control characters, backslashes and bytes that are not UTF-8 are refused"
+            f"{shown(path)} cannot be a path: control characters, backslashes and bytes that are not UTF-8 are refused"
         )
     if path[0] == "/":
-        raise InvalidInputError(f"{path!r} is absolute: paths in a version are relative")
+        raise InvalidInputError(f"{shown(path)} is absolute: paths in a version are relative")
     segments = path.split("/")
     if not _DOTS.isdisjoint(segments):
-        raise InvalidInputError(f"{path!r} has an empty, '.' or '..' segment")
+        raise InvalidInputError(f"{shown(path)} has an empty, '.' or '..' segment")
     if len(path) * 4 > SEGMENT_MAX:
         if len(path.encode()) > PATH_MAX:
-            raise InvalidInputError(f"{path[:80]!r}... is longer than {PATH_MAX} bytes")
+            raise InvalidInputError(f"{shown(path)} is longer than {PATH_MAX} bytes")
         for segment in segments:
             if len(segment.encode()) > SEGMENT_MAX:
-                raise InvalidInputError(f"the segment {segment[:60]!r}... is longer than {SEGMENT_MAX} bytes")
+                raise InvalidInputError(f"the segment {shown(segment)} is longer than {SEGMENT_MAX} bytes")
     return path
 
 
 def check_url(url: str, checksum: str = "") -> str:
     """``url`` if it can be recorded with ``checksum``, else `InvalidInputError`: no control characters, bounded."""
     if not url or _CONTROL.search(url) or len(url.encode()) > URL_MAX:
-        raise InvalidInputError(f"{url[:80]!r} cannot be a URL here: 1 to {URL_MAX} bytes, no control characters")
+        raise InvalidInputError(f"{shown(url)} cannot be a URL here: 1 to {URL_MAX} bytes, no control characters")
     if _CONTROL.search(checksum) or len(checksum.encode()) > CHECKSUM_MAX:
         raise InvalidInputError(
-            f"the checksum {checksum[:80]!r} is longer than {CHECKSUM_MAX} bytes, or has control characters"
+            f"the checksum {shown(checksum)} is longer than {CHECKSUM_MAX} bytes, or has control characters"
         )
     return url
 
@@ -192,12 +208,12 @@ def read_json(data: bytes, *, key: str) -> dict[str, Any]:
         if msgspec.json.encode(value) != data:
             json.loads(data, object_pairs_hook=_no_twins)
     except (*BAD_BYTES, ValueError) as error:
-        raise CorruptionError(f"{key}: {error}", key=key) from None
+        raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     found = value.get("format") if isinstance(value, dict) else None
     if type(found) is not int:
         raise CorruptionError(f"{key}: does not say which format it is of", key=key)
     if found != FORMAT:
-        raise FormatVersionError(f"{key} is of format {found}; this mandapa reads format {FORMAT}: upgrade it")
+        raise FormatVersionError(f"{key} is of format {shown(found)}; this mandapa reads format {FORMAT}: upgrade it")
     assert isinstance(value, dict)
     return value
 
@@ -223,7 +239,7 @@ def open_frame(stored: bytes | bytearray | memoryview, *, key: str, limit: int) 
         # notices only at the end of the frame, after any amount of memory.
         raw: bytes = decompressor.decompress(stored, max_length=size + 1)
     except zstd.ZstdError as error:
-        raise CorruptionError(f"{key}: does not decompress: {error}", key=key) from None
+        raise CorruptionError(f"{key}: does not decompress: {told(error)}", key=key) from None
     if len(raw) != size or not decompressor.eof:
         raise CorruptionError(f"{key}: a zstd frame that does not hold what it declares", key=key)
     return raw

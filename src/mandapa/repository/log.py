@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -24,7 +25,7 @@ from mandapa.format.records import Op, Record, decode_head, decode_record, encod
 from mandapa.object_store.base import Buffer, ObjectStore
 from mandapa.repository.state import LogState, PreconditionError, fold
 
-__all__ = ["Author", "Log"]
+__all__ = ["Author", "Log", "create_once"]
 
 State = TypeVar("State", bound=LogState)
 
@@ -77,15 +78,28 @@ class Log(Generic[State]):
         self, store: ObjectStore, log_id: str, state: Callable[[], State], *, threads: int = 8, heads: bool = True
     ) -> None:
         self.id = log_id
-        self.records: list[Record] = []
-        self.state = state()
         self._new_state = state
-        self.lines: list[bytes] = []
         self._store = store
         self._threads = threads
         self._heads = heads
+        self._reset()
+        self._pid = os.getpid()
         self._lock = threading.RLock()
         self._head = 0
+
+    def _reset(self) -> None:
+        self.records: list[Record] = []
+        self.lines: list[bytes] = []
+        self.state = self._new_state()
+
+    def _held(self) -> threading.RLock:
+        """The lock; a forked child gets a new one and an empty log: a thread of its parent may have been at work."""
+        if self._pid != os.getpid():
+            self._lock = threading.RLock()
+            self._reset()
+            self._head = 0
+            self._pid = os.getpid()
+        return self._lock
 
     def find(self, txn: str) -> Record | None:
         """The record of a transaction among those that were read."""
@@ -101,7 +115,7 @@ class Log(Generic[State]):
             CorruptionError: A record is missing, altered, or does not follow from those before it.
             FormatVersionError: A record needs a newer mandapa.
         """
-        with self._lock:
+        with self._held():
             if not self.records:
                 if self._heads:
                     self._read_head()
@@ -133,14 +147,14 @@ class Log(Generic[State]):
         not ours go to ``on_record`` first, which re-checks or rebases and may raise. A record of transaction ``txn``
         found among them is the answer: nothing is appended twice.
 
-        Two requests when no one else commits: the create, and nothing to read back when it is acknowledged.
+        One request when no one else commits: a create that is acknowledged needs no reading back.
 
         Raises:
             ConflictError, NotFoundError, InvalidInputError: From ``build`` and ``on_record``.
             StorageError: The store failed, or keeps refusing a slot that is empty. The record may still land; the same
                 transaction id finds it.
         """
-        with self._lock:
+        with self._held():
             position = len(self.records) if since is None else since
             lost = 0
             while True:
@@ -153,18 +167,13 @@ class Log(Generic[State]):
                         on_record(record)
                 if self.state.read_only:
                     raise FormatVersionError(f"{self.id}: its log holds ops of a newer mandapa: upgrade to write to it")
-                ops = tuple(build(self.state))
-                try:
-                    _check(self.state, ops)
-                except PreconditionError as error:
-                    raise ConflictError(str(error)) from None
                 record = Record(
                     seq=position,
                     txn=txn,
                     prev=self.records[-1].seal if self.records else "",
                     at=author.now(),
                     by=author.by,
-                    ops=ops,
+                    ops=self._decide(build),
                     run=run,
                     used=used,
                 )
@@ -176,26 +185,19 @@ class Log(Generic[State]):
                 author.back_off(lost)
                 self._read_listed()
 
+    def _decide(self, build: Callable[[State], Iterable[Op]]) -> tuple[Op, ...]:
+        """The ops for the next slot, each of which fits the state that those before it leave."""
+        ops = tuple(build(self.state))
+        trial = self.state.copy()
+        try:
+            for op in ops:
+                trial.apply(op, _NO_RECORD)
+        except PreconditionError as error:
+            raise ConflictError(str(error)) from None
+        return ops
+
     def _put(self, data: bytes, seq: int, author: Author) -> Buffer:
-        """Try one slot with the same bytes until it is known to be taken; gives what stands there."""
-        key = self._key(seq)
-        for attempt in range(ATTEMPTS):
-            try:
-                self._store.create(key, data)
-            except AlreadyExistsError:
-                pass
-            except StorageError as error:
-                if not error.retryable:
-                    raise
-            else:
-                return data
-            try:
-                return self._store.get(key)
-            except NotFoundError:
-                author.back_off(attempt)
-        raise StorageError(
-            f"{self._store.url}: {key} is refused again and again though nothing is there; try later", retryable=True
-        )
+        return create_once(self._store, self._key(seq), data, author)
 
     def _key(self, seq: int) -> str:
         return log_key(self.id, seq)
@@ -211,15 +213,26 @@ class Log(Generic[State]):
         self.lines.append(bytes(data))
 
     def _read_listed(self) -> None:
-        """Read every record that a listing shows after those known."""
-        known = len(self.records)
-        start = self._key(known - 1) if known else ""
-        keys = [info.key for info in self._store.list(log_prefix(self.id), start_after=start)]
-        for at, key in enumerate(keys, known):
-            if parse_seq(key) != at:
-                raise CorruptionError(f"{self._key(at)} is missing, though {key} is there", key=self._key(at))
-        for data in in_order(self._store.get, keys, threads=self._threads):
-            self._take(data)
+        """Read every record that a listing shows after those known; keys that are none of a record are ignored."""
+        gap: int | None = 0
+        while gap is not None:
+            known = len(self.records)
+            start = self._key(known - 1) if known else ""
+            keys = [info.key for info in self._store.list(log_prefix(self.id), start_after=start)]
+            keys = [key for key in keys if (seq := parse_seq(key)) is not None and key == self._key(seq)]
+            gap = next((at for at, key in enumerate(keys, known) if key != self._key(at)), None)
+            if gap is not None:
+                # A folder that grows while it is listed may show a record and not the one before it.
+                self._check_there(gap, keys[gap - known])
+                keys[gap - known :] = [self._key(gap)]
+            for data in in_order(self._store.get, keys, threads=self._threads):
+                self._take(data)
+
+    def _check_there(self, at: int, shown: str) -> None:
+        try:
+            self._store.head(self._key(at))
+        except NotFoundError:
+            raise CorruptionError(f"{self._key(at)} is missing, though {shown} is there", key=self._key(at)) from None
 
     def _read_head(self) -> None:
         """Start from the head when it holds the records up to one that stands in the log; it is only a cache."""
@@ -233,8 +246,8 @@ class Log(Generic[State]):
         try:
             for line in lines:
                 self._take(line)
-        except CorruptionError:
-            self.records, self.lines, self.state = [], [], self._new_state()
+        except (CorruptionError, FormatVersionError):
+            self._reset()
         self._head = len(self.records)
 
     def _write_head(self) -> None:
@@ -248,11 +261,29 @@ class Log(Generic[State]):
             return
 
 
-def _check(state: LogState, ops: Iterable[Op]) -> None:
-    """Raise unless the ops fit, each the state that those before it leave."""
-    trial = state.copy()
-    for op in ops:
-        trial.apply(op, _NO_RECORD)
+def create_once(store: ObjectStore, key: str, data: bytes, author: Author) -> Buffer:
+    """Try one key with the same bytes until it is known to be taken; gives what stands there.
+
+    Raises:
+        StorageError: The store failed, or refuses the key again and again though nothing is there. It may still land.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            store.create(key, data)
+        except AlreadyExistsError:
+            pass
+        except StorageError as error:
+            if not error.retryable:
+                raise
+        else:
+            return data
+        try:
+            return store.get(key)
+        except NotFoundError:
+            author.back_off(attempt)
+    raise StorageError(
+        f"{store.url}: {key} is refused again and again though nothing is there; try later", retryable=True
+    )
 
 
 _NO_RECORD = Record(seq=0, txn="", prev="", at="", by="", ops=())

@@ -80,16 +80,17 @@ def fold(state: LogState, record: Record, *, key: str) -> None:
         CorruptionError: An op does not fit the state before it.
         FormatVersionError: An op of a newer mandapa that readers must understand.
     """
+    unknown = [op for op in record.ops if isinstance(op, UnknownOp)]
+    for op in unknown:
+        if not op.optional:
+            raise FormatVersionError(f"{key} holds the op {op.op!r}, which this mandapa does not know: upgrade")
     for op in record.ops:
         try:
-            if isinstance(op, UnknownOp):
-                if not op.optional:
-                    raise FormatVersionError(f"{key} holds the op {op.op!r}, which this mandapa does not know: upgrade")
-                state.read_only = True
-            else:
+            if not isinstance(op, UnknownOp):
                 state.apply(op, record)
         except PreconditionError as error:
             raise CorruptionError(f"{key}: {error}", key=key) from None
+    state.read_only = state.read_only or bool(unknown)
 
 
 @dataclass(slots=True)
@@ -115,6 +116,7 @@ class ArtifactState:
             tags=dict(self.tags),
             moves=list(self.moves),
             _burned=set(self._burned),
+            _live=None,
         )
 
     @property

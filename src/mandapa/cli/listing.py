@@ -133,7 +133,7 @@ def _sums(artifact: Artifact) -> tuple[list[Version], int]:
 @pass_session
 def show(session: Session, address: str) -> None:
     """Show one version, or one file in it."""
-    from mandapa.cli.values import asset_value, version_value
+    from mandapa.cli.values import asset_value, counts_of, from_parent, version_value
 
     version = session.open()[address]
     if version.path and (asset := version.assets.get(version.path)) is not None:
@@ -141,8 +141,8 @@ def show(session: Session, address: str) -> None:
         return
     if version.path:
         raise InvalidInputError(f"{version.address}/{version.path} is no file: 'mandapa ls' shows folders")
-    diff = _from_parent(version)
-    changes = None if diff is None else _diff_counts(diff)
+    diff = from_parent(version)
+    changes = None if diff is None else counts_of(diff)
     session.emit({**version_value(version), "changes": changes}, lambda: _version_text(version, diff))
 
 
@@ -159,20 +159,9 @@ def _exact(number: int | None) -> str:
     return f" ({number:,} bytes)" if number is not None and number >= 1000 else ""
 
 
-def _from_parent(version: Version) -> Diff | None:
-    if version.parent is None:
-        return None
-    try:
-        return version.artifact.version(version.parent).diff(version)
-    except NotFoundError:
-        return None  # the parent was deleted
-
-
-def _diff_counts(diff: Diff) -> dict[str, int]:
-    return {"added": len(diff.added), "removed": len(diff.removed), "changed": len(diff.changed)}
-
-
 def _version_text(version: Version, diff: Diff | None) -> str:
+    from mandapa.cli.values import counts_text
+
     when = version.created.strftime("%Y-%m-%d %H:%M:%S UTC")
     rows = [
         ("version", version.address),
@@ -195,10 +184,9 @@ def _version_text(version: Version, diff: Diff | None) -> str:
             listed = table([(clean(key), value(item)) for key, item in sorted(facts.items())], indent="    ")
             parts.append(f"{title}\n{listed}")
     if diff is not None:
-        counts = ", ".join(f"{number} {what}" for what, number in _diff_counts(diff).items() if number)
         lines = [_line(mark, path, sizes) for mark, path, sizes, _, _ in _entries(diff)]
         more = [f"    ... and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        head = f"changes since v{version.parent}: {counts or 'no file'}"
+        head = f"changes since v{version.parent}: {counts_text(diff)}"
         parts.append("\n".join([head, *(f"    {line}" for line in lines[:_SHOWN]), *more]))
     elif version.parent is not None:
         parts.append(f"changes since v{version.parent}: not known, it was deleted")

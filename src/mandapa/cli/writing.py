@@ -191,20 +191,24 @@ def rm(session: Session, artifact: str, paths: tuple[str, ...], message: str, me
 
 
 def _tell(session: Session, txn: Transaction, artifact: str) -> None:
-    from mandapa.cli.values import summary, version_value
+    from mandapa.cli.values import counts_of, counts_text, from_parent, summary, version_value
 
     version = txn.version
     if version is None:
         session.emit({"artifact": artifact, "made": False}, lambda: "nothing to add: no version was made")
         return
     made = version.artifact.open_log().find(txn.id) is not None
+    changes = from_parent(version) if made else None
 
     def text() -> str:
         if not made:
             return f"nothing changed: {version.address} stays the newest"
-        return f"{version.address}  {count(version.asset_count, 'asset')}, {summary(version)}"
+        told = "" if changes is None else f": {counts_text(changes)}"
+        return f"{version.address}  {count(version.asset_count, 'asset')}{told}; {summary(version)}"
 
-    session.emit({**version_value(version), "made": made}, text)
+    session.emit(
+        {**version_value(version), "made": made, "changes": None if changes is None else counts_of(changes)}, text
+    )
 
 
 COMMANDS = (init, add, rm)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mandapa.content.edit import TreeRoot, edit_tree
 from mandapa.content.parallel import in_order
 from mandapa.content.transfer import pieces_of
-from mandapa.content.tree import Located, NodeReader, Tree, same_asset
+from mandapa.content.tree import Located, NodeReader, Tree, relabel, same_asset
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
 from mandapa.format.keys import GC, container_key
-from mandapa.format.manifest import Branch, LargeFileRow, Leaf, UrlRow
+from mandapa.format.manifest import Branch, LargeFileRow, Leaf, Node, NodeAddress, UrlRow
 from mandapa.format.records import AliasOp, FenceOp, Op, Record, VersionOp, decode_gc_list
 from mandapa.format.strict import check_label, check_path, check_prefix
 from mandapa.object_store.base import Buffer, ObjectStore
@@ -36,6 +36,25 @@ SEED_LEAVES = 64
 
 class _NothingToDoError(Exception):
     """Another commit made the version that this transaction would make."""
+
+
+class _Nodes(NodeReader):
+    """The repository's nodes for one transaction, to which a base that was deleted and swept meanwhile is a conflict."""
+
+    def __init__(self, shared: NodeReader, name: str) -> None:
+        self._shared = shared
+        self._name = name
+
+    def load(self, address: NodeAddress) -> Node:
+        try:
+            return self._shared.load(address)
+        except NotFoundError as error:
+            raise ConflictError(
+                f"{self._name}: the version that this transaction starts from was deleted meanwhile; run it again"
+            ) from error
+
+    def remember(self, hash_: bytes, node: Node) -> None:
+        self._shared.remember(hash_, node)
 
 
 class Transaction:
@@ -75,6 +94,7 @@ class Transaction:
         """Set inside the block: called now and then, from any thread, with the bytes taken in so far."""
         self._artifact = artifact
         self._repo = artifact.repository
+        self._nodes = _Nodes(self._repo.reader, artifact.name)
         self._log: Log[ArtifactState] | None = None
         self._message = clean_message(message)
         self._metadata = clean_metadata(metadata)
@@ -93,13 +113,14 @@ class Transaction:
         self._root: TreeRoot | None = None
         self._upload: Upload | None = None
         self._seeded = False
-        self._done = False
+        self._done = False  # the version is known, before or after the block
+        self._over = False
 
     # -- the block ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Transaction:
         """Read the log to its tail: the base is fixed from here on, and what is put now is put after that."""
-        if self._upload is not None or self._done:
+        if self._upload is not None or self._over:
             raise ClosedError("a transaction is used once")
         log = self._log = self._artifact.find_log()
         if log is not None:
@@ -138,7 +159,7 @@ class Transaction:
             if kind is None and not self._done:
                 self._commit(upload)
         finally:
-            self._done = True
+            self._over = True
             upload.close()
 
     # -- changes ------------------------------------------------------------------------------------------------------
@@ -157,11 +178,11 @@ class Transaction:
             StorageError: The store failed.
         """
         upload = self._open()
+        if self._done:
+            return
         source = os.fspath(path)
         if not os.path.exists(source):
             raise NotFoundError(f"there is no file or folder {source!r}")
-        if self._done:
-            return
         if not os.path.isdir(source):
             target = check_path(os.path.basename(os.path.abspath(source)) if at is None else at)
             located = upload.add_file(source, target, os.stat(source), base=self._base_row(target))
@@ -222,28 +243,28 @@ class Transaction:
             InvalidInputError: A path that no version can hold.
         """
         upload = self._open()
+        if self._done:
+            return
         version = self._repo[address]
         if version.path:
             path = f"{version.path}/{path}" if path else version.path
         target = path if at is None else at
-        tree = version.tree
-        one = tree.get(path) if path else None
-        rows = [one] if one is not None else list(tree.under(check_prefix(path)))
+        one = version.reading(lambda tree: tree.get(path)) if path else None
+        prefix = f"{check_prefix(path)}/" if path else ""
+        rows = [one] if one is not None else list(version.rows(prefix))
         if not rows:
             raise NotFoundError(f"{version.address} has nothing at {path!r}")
-        if self._done:
-            return
-        cut = len(path) if one is not None or not path else len(path) + 1
         for located in rows:
-            rest = located.row.path[cut:]
+            rest = located.row.path[len(prefix) :]
             place = target if one is not None else f"{target}/{rest}" if target else rest
-            if not place.startswith(".mandapa/"):
+            if place != located.row.path:
                 check_path(place)
             moved = relabel(located, place)
             upload.hits.update(_containers_of(self._repo.reader, moved))
             self._put(place, moved)
-        self._claims[target] = one is None
-        self._used.append(version.address)
+        self._claims[target] = one is None or self._claims.get(target, False)
+        if version.address not in self._used:
+            self._used.append(version.address)
 
     def remove(self, at: str) -> None:
         """Drop an asset, or a folder with all below it.
@@ -278,7 +299,7 @@ class Transaction:
     # -- gathering ----------------------------------------------------------------------------------------------------
 
     def _open(self) -> Upload:
-        if self._upload is None or (self._done and self.version is None):
+        if self._upload is None or self._over:
             raise ClosedError("use a transaction in a 'with' block, and once")
         return self._upload
 
@@ -297,7 +318,7 @@ class Transaction:
             self._bases.append(base)
 
     def _tree(self) -> Tree | None:
-        return None if self._base is None else Tree(self._repo.reader, root_of(self._base.root))
+        return None if self._base is None else Tree(self._nodes, root_of(self._base.root))
 
     def _base_row(self, path: str) -> Located | None:
         self._seed()
@@ -318,7 +339,7 @@ class Transaction:
         if self._seeded or tree is None or self._upload is None:
             return
         self._seeded = True
-        top = self._repo.reader.load(tree.root)
+        top = self._nodes.load(tree.root)
         if isinstance(top, Leaf):
             self._upload.seed(top)
         elif isinstance(top, Branch) and top.level == 1 and len(top.rows) <= SEED_LEAVES:
@@ -386,8 +407,7 @@ class Transaction:
             self.version = self._of(self._base)
             return
         self._register()
-        if upload.hits and (bad := self._bad(self._named() & upload.hits)):
-            self._restore(bad)
+        if upload.hits and self._secure(self._named() & upload.hits):
             edits = self._edits()
         self._build(edits)
         assert self._log is not None
@@ -431,7 +451,8 @@ class Transaction:
                 self._rebase(tip)
         if self._fenced:
             self._fenced = False
-            self._recheck(state)
+            if self._secure(self._doubtful(state)):
+                self._build(self._edits())
         root, base = self._root, self._base
         assert root is not None
         assert self._upload is not None
@@ -459,7 +480,7 @@ class Transaction:
             self._root = TreeRoot(root_of(base.root), bytes.fromhex(op.digest), op.assets, op.bytes)
             return
         root = None if base is None else root_of(base.root)
-        self._root = edit_tree(self._repo.reader, self._upload, root, edits)
+        self._root = edit_tree(self._nodes, self._upload, root, edits)
         self._upload.flush()
 
     def _rebase(self, tip: VersionState | None) -> None:
@@ -481,7 +502,7 @@ class Transaction:
 
     def _clashes(self, old: Tree | None, tip: VersionState | None) -> list[str]:
         """Paths where what came in between and our claims do not go together; ours are noted to win."""
-        new = None if tip is None else Tree(self._repo.reader, root_of(tip.root))
+        new = None if tip is None else Tree(self._nodes, root_of(tip.root))
         folders = _folders(self._puts)
         clash = []
         for before, after in _differences(old, new):
@@ -508,20 +529,30 @@ class Transaction:
             named.update(_containers_of(self._repo.reader, located))
         return named
 
-    def _recheck(self, state: ArtifactState) -> None:
-        """After a fence: look again at all that is named and not inherited from a version that is still live there."""
+    def _doubtful(self, state: ArtifactState) -> set[bytes]:
+        """What to look at again after a fence: all that is named, but for what is inherited."""
         assert self._upload is not None
-        assert self._root is not None
-        upload = self._upload
         named = self._named()
-        doubtful = named & (upload.hits | upload.fresh)
-        if not all(state.is_live(base.op.number, base.root) for base in self._bases):
-            doubtful |= named
-        nodes = upload.fresh - named
-        bad = self._bad(doubtful | nodes)
-        if bad:
+        if self._bases_stand(state):
+            named &= self._upload.hits
+        return named | self._upload.fresh
+
+    def _bases_stand(self, state: ArtifactState) -> bool:
+        """Whether every version that something was inherited from is still live, and where it was."""
+        return all(state.is_live(base.op.number, base.root) for base in self._bases)
+
+    def _secure(self, doubtful: set[bytes]) -> bool:
+        """Store again what is named in bad containers; whether there are any. Then all that is named may be named."""
+        assert self._upload is not None
+        looked = False
+        done: set[bytes] = set()
+        while bad := self._bad(doubtful):
+            looked = True
+            done |= doubtful
             self._restore(bad)
-            self._build(self._edits())
+            # Some of it may have been found elsewhere, where nobody has looked yet.
+            doubtful = self._named() & self._upload.hits - done
+        return looked
 
     def _bad(self, containers: Collection[bytes]) -> set[bytes]:
         return condemned_or_missing(self._repo.store, containers, threads=self._repo.threads)
@@ -541,24 +572,34 @@ def condemned_or_missing(store: ObjectStore, containers: Collection[bytes], *, t
     """
     if not containers:
         return set()
+    listed = condemned(store)
+    bad = {container for container in containers if container_key(container) in listed}
+    return bad | missing(store, sorted(set(containers) - bad), threads=threads)
+
+
+def condemned(store: ObjectStore) -> set[str]:
+    """Keys of all objects that some gc may be about to delete."""
     listed: set[str] = set()
     for info in list(store.list(GC)):
         try:
             listed.update(decode_gc_list(store.get(info.key), key=info.key).objects)
         except NotFoundError:
             continue  # its gc is over
-    keys = {container: container_key(container) for container in containers}
-    bad = {container for container, key in keys.items() if key in listed}
-    rest = [container for container in keys if container not in bad]
+    return listed
 
-    def missing(container: bytes) -> bool:
+
+def missing(store: ObjectStore, containers: Sequence[bytes], *, threads: int) -> set[bytes]:
+    """Those of ``containers`` that are not there."""
+
+    def gone(container: bytes) -> bool:
         try:
-            store.head(keys[container])
+            store.head(container_key(container))
         except NotFoundError:
             return True
         return False
 
-    return bad.union(c for c, gone in zip(rest, in_order(missing, rest, threads=threads), strict=True) if gone)
+    answers = in_order(gone, containers, threads=threads)
+    return {container for container, answer in zip(containers, answers, strict=True) if answer}
 
 
 def _containers_of(reader: NodeReader, located: Located) -> Iterator[bytes]:

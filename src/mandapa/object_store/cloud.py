@@ -174,6 +174,25 @@ class CloudObjectStore:
                     with suppress(NotFoundError), self._asking("delete", key) as client:
                         obstore.delete(client, key)
 
+    def describe(self, url: str) -> tuple[int, str] | None:
+        """Size and ``etag:...`` of any object of this service, asked for with this store's credentials.
+
+        None when the URL is another service's, or the object cannot be seen. One request; nothing is fetched.
+        """
+        import obstore
+
+        place, _, key = url.removeprefix(f"{self._scheme}://").partition("/")
+        if not url.startswith(f"{self._scheme}://") or not place or not key:
+            return None
+        other = type(self)(place, "", **self._options)
+        try:
+            with other._asking("look for", key) as client:  # noqa: SLF001 - a sibling
+                meta = obstore.head(client, key)
+        except MandapaError:
+            return None
+        tag = (meta["e_tag"] or "").strip('"')
+        return meta["size"], f"etag:{tag}" if tag else ""
+
     def __repr__(self) -> str:
         endpoint = self._options.get("endpoint_url")
         return f"{type(self).__name__}({self.url!r}" + (f", endpoint_url={endpoint!r})" if endpoint else ")")

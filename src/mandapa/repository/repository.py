@@ -70,6 +70,8 @@ class Repository:
         self.codec = codec
         self.threads = threads
         self.url = store.url
+        self.place = store
+        """The store as it was given, without retries."""
         patient = RetryingObjectStore(store, sleep=self.author.sleep)
         try:
             self.id = decode_marker(patient.get(MARKER), key=MARKER).id

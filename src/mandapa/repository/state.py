@@ -81,9 +81,8 @@ def fold(state: LogState, record: Record, *, key: str) -> None:
         FormatVersionError: An op of a newer mandapa that readers must understand.
     """
     unknown = [op for op in record.ops if isinstance(op, UnknownOp)]
-    for op in unknown:
-        if not op.optional:
-            raise FormatVersionError(f"{key} holds the op {op.op!r}, which this mandapa does not know: upgrade")
+    if needed := [op.op for op in unknown if not op.optional]:
+        raise FormatVersionError(f"{key} holds the op {needed[0]!r}, which this mandapa does not know: upgrade")
     for op in record.ops:
         try:
             if not isinstance(op, UnknownOp):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mandapa.content.edit import TreeRoot, edit_tree
 from mandapa.content.parallel import in_order
 from mandapa.content.transfer import pieces_of
-from mandapa.content.tree import Located, NodeReader, Tree, relabel, same_asset
+from mandapa.content.tree import Located, NodeReader, Tree, same_asset
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
@@ -39,22 +40,31 @@ class _NothingToDoError(Exception):
 
 
 class _Nodes(NodeReader):
-    """The repository's nodes for one transaction, to which a base that was deleted and swept meanwhile is a conflict."""
+    """The repository's nodes for one transaction: a base that was deleted and swept meanwhile is a conflict."""
 
     def __init__(self, shared: NodeReader, name: str) -> None:
         self._shared = shared
         self._name = name
 
     def load(self, address: NodeAddress) -> Node:
-        try:
+        with self._conflict():
             return self._shared.load(address)
+
+    def digest(self, address: NodeAddress) -> bytes:
+        with self._conflict():
+            return self._shared.digest(address)
+
+    def remember(self, hash_: bytes, node: Node) -> None:
+        self._shared.remember(hash_, node)
+
+    @contextmanager
+    def _conflict(self) -> Iterator[None]:
+        try:
+            yield
         except NotFoundError as error:
             raise ConflictError(
                 f"{self._name}: the version that this transaction starts from was deleted meanwhile; run it again"
             ) from error
-
-    def remember(self, hash_: bytes, node: Node) -> None:
-        self._shared.remember(hash_, node)
 
 
 class Transaction:
@@ -218,8 +228,9 @@ class Transaction:
     def add_url(self, at: str, url: str, *, size: int | None = None, checksum: str = "") -> None:
         """Record a URL at ``at``; its bytes stay where they are and are not read.
 
-        Size and checksum are what the caller knows (``checksum="sha256:..."``, ``"etag:..."``); for ``file://`` the
-        size is looked up.
+        Size and checksum are what the caller knows (``checksum="sha256:..."``, ``"etag:..."``). What is not given is
+        looked up where that needs no more than asking: the size of a ``file://``, and with one request size and etag of
+        an object of the cloud service that the repository is in.
 
         Raises:
             InvalidInputError: A scheme that is not allowed, or a URL that carries a secret.
@@ -227,7 +238,7 @@ class Transaction:
         self._open()
         check_path(at)
         check_url(url)
-        size, checksum = url_facts(url, size, checksum)
+        size, checksum = url_facts(url, size, checksum, self._repo.place)
         if not self._done:
             self._put(at, Located(UrlRow(at, url, size, checksum), ()))
             self._claims.setdefault(at, False)

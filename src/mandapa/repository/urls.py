@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from mandapa.errors import InvalidInputError
+from mandapa.object_store.base import ObjectStore
+from mandapa.object_store.cloud import CloudObjectStore
 
 __all__ = ["SCHEMES", "check_url", "url_facts"]
 
@@ -47,8 +50,10 @@ def check_url(url: str) -> None:
         )
 
 
-def url_facts(url: str, size: int | None, checksum: str) -> tuple[int | None, str]:
-    """Size and checksum to record: those given; for ``file://`` the size is looked up; nothing is fetched.
+def url_facts(url: str, size: int | None, checksum: str, store: ObjectStore) -> tuple[int | None, str]:
+    """Size and checksum to record: those given, else what can be had without fetching anything.
+
+    That is the size of a ``file://``, and size and etag of an object of the cloud service that ``store`` is of.
 
     Raises:
         InvalidInputError: A size below 0, or a checksum that is not ``scheme:value``.
@@ -59,8 +64,10 @@ def url_facts(url: str, size: int | None, checksum: str) -> tuple[int | None, st
         raise InvalidInputError(f"checksum={checksum!r}: write its kind first, as in 'sha256:9f86d08...' or 'etag:...'")
     parts = urlsplit(url)
     if size is None and parts.scheme == "file" and parts.netloc in ("", "localhost"):
-        try:
+        with suppress(OSError):
             size = os.stat(unquote(parts.path)).st_size
-        except OSError:
-            size = None
+    if (size is None or not checksum) and isinstance(store, CloudObjectStore):
+        found_size, found_checksum = store.describe(url) or (None, "")
+        size = found_size if size is None else size
+        checksum = checksum or found_checksum
     return size, checksum

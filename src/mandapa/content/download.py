@@ -247,7 +247,7 @@ class _Target:
         self.fd = -1
         self.temp = ""
         self.lock = threading.Lock()
-        self.error: BaseException | None = None
+        self.error: NotFoundError | None = None
 
 
 class _Item(NamedTuple):
@@ -325,7 +325,11 @@ class _Download:
                     self._begin(target)
                     self._finish(target)
                     continue
-                pieces = list(pieces_of(located, self._load))
+                try:
+                    pieces = list(pieces_of(located, self._load))
+                except NotFoundError as error:
+                    self._lose(target, error)
+                    continue
                 target.left = len(pieces)
                 offset = 0
                 for piece in pieces:
@@ -422,12 +426,8 @@ class _Download:
         try:
             values = fetch(self._store, request, pieces, lambda i: window[i].target.row.path)
         except NotFoundError as error:
-            with self._lock:
-                for i in request.wanted:
-                    target = window[i].target
-                    if target.error is None:
-                        target.error = error
-                        self.lost.append(target)
+            for i in request.wanted:
+                self._lose(window[i].target, error)
             return
         written = 0
         for i, value in zip(request.wanted, values, strict=True):
@@ -436,6 +436,12 @@ class _Download:
             written += len(value)
         if self._progress is not None:
             self._progress(written)
+
+    def _lose(self, target: _Target, error: NotFoundError) -> None:
+        with self._lock:
+            if target.error is None:
+                target.error = error
+                self.lost.append(target)
 
     def _write(self, target: _Target, value: Buffer, offset: int) -> None:
         try:

@@ -42,7 +42,7 @@ class AssetFile(io.RawIOBase):
     Args:
         located: The row of a file.
         store: Where its containers are.
-        load: Reads a node, as `NodeReader.load`; called for files of more than 256 chunks.
+        load: Reads a node, as `NodeReader.load`; called for the parts of large files.
         moved: Called when a container is gone; gives the row as it is now, or raises what to tell the user.
         threads: Requests under way ahead of the reader; 0 fetches only what is read, in the caller's thread.
 

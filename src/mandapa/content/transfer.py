@@ -54,7 +54,7 @@ def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator
 
     Args:
         located: The row of a file.
-        load: Reads a node, as `NodeReader.load`; called once for each part of a file of more than 256 chunks.
+        load: Reads a node, as `NodeReader.load`; called once for each part of a large file.
 
     Raises:
         CorruptionError: A part is not what the row says.
@@ -202,7 +202,7 @@ def _assemble(window: list[Piece], answers: Iterable[tuple[Request, list[Buffer]
 class RowMaker:
     """Rows of files from chunks that are in the packer's containers, or were numbered by it.
 
-    Lists of more than 256 chunks go into parts, and those into the meta container.
+    Long lists of chunks go into parts, and those into the meta container.
     """
 
     def __init__(self, packer: Packer, index: Index, nodes: NodeReader) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,7 +25,7 @@ from mandapa.format.records import (
 )
 from mandapa.format.strict import check_label, check_name, is_id
 from mandapa.repository.log import Log
-from mandapa.repository.state import ArtifactState, VersionState, parse_time
+from mandapa.repository.state import ArtifactState, CatalogState, VersionState, parse_time
 from mandapa.repository.transaction import Transaction, condemned_or_missing
 from mandapa.repository.version import Version
 
@@ -134,8 +134,7 @@ class Artifact:
         return [Version(self, log, version) for version in log.state.versions.values() if version.deleted is not None]
 
     def _resolve(self, state: ArtifactState, ref: int | str | Version, back: int = 0) -> VersionState:
-        if isinstance(ref, Version):
-            ref = ref.number
+        ref = self._own(state, ref)
         if isinstance(ref, str):
             ref, more = parse_ref(ref)
             back += more
@@ -156,6 +155,14 @@ class Artifact:
                 raise NotFoundError(f"{self.name}: there are no {back} live versions before v{number}")
             version = state.versions[live[at]]
         return version
+
+    def _own(self, state: ArtifactState, ref: int | str | Version) -> int | str:
+        """The number of a version in hand, which must be one of this artifact's; other references as they are."""
+        if not isinstance(ref, Version):
+            return ref
+        if not ref.is_in(state):
+            raise InvalidInputError(f"{ref.address} is no version of {self.name}")
+        return ref.number
 
     def _number(self, state: ArtifactState, ref: int | str) -> int:
         if isinstance(ref, int):
@@ -178,13 +185,13 @@ class Artifact:
 
     def _by_digest(self, state: ArtifactState, prefix: str) -> int:
         found = [n for n, version in state.versions.items() if version.op.digest.startswith(prefix)]
+        found = [n for n in found if state.versions[n].deleted is None] or found
         digests = {state.versions[number].op.digest for number in found}
         if len(digests) > 1:
             raise InvalidInputError(f"{self.name}: the digests of {len(digests)} versions start with {prefix}")
         if not found:
             raise NotFoundError(f"{self.name} has no version whose digest starts with {prefix}")
-        live = [number for number in found if state.versions[number].deleted is None]
-        return (live or found)[-1]
+        return found[-1]
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -205,7 +212,7 @@ class Artifact:
         ]
 
     def alias(self, name: str, version: int | str | Version | None) -> None:
-        """Let an alias name a version from now on; None drops it. Two requests.
+        """Let an alias name a version from now on; None drops it. Three requests.
 
         Raises:
             NotFoundError: No such version, or (with None) no such alias.
@@ -223,7 +230,7 @@ class Artifact:
         self._command(build)
 
     def tag(self, name: str, version: int | str | Version | None) -> None:
-        """Give a version a name that never moves; None drops the tag, and its name is never used again. Two requests.
+        """Give a version a name that never moves; None drops the tag, whose name is never used again. Three requests.
 
         Raises:
             NotFoundError: No such version, or (with None) no such tag.
@@ -245,6 +252,8 @@ class Artifact:
     def delete(self, *versions: int | str | Version) -> list[int]:
         """Delete versions, all or none; gives their numbers. They can be brought back until gc has passed.
 
+        Three requests.
+
         Raises:
             NotFoundError: One is not there, or was deleted already.
             ConflictError: An alias or a tag names one of them.
@@ -254,15 +263,13 @@ class Artifact:
         numbers: list[int] = []
 
         def build(state: ArtifactState) -> Iterable[Op]:
-            numbers[:] = sorted({self._resolve(state, version).op.number for version in fixed})
+            # "latest" and "best" mean what they mean at first, not whatever they name after a lost race.
+            numbers[:] = sorted({self._resolve(state, version).op.number for version in numbers or versions})
             for number in numbers:
                 if names := state.names_of(number):
                     raise ConflictError(f"{self.name}:v{number} is {', '.join(names)}: move or drop that first")
             return [DeleteOp(list(numbers))]
 
-        # "latest" and "best" mean what they mean now, not whatever they name after a lost race.
-        state = self.state()
-        fixed = [self._resolve(state, version).op.number for version in versions]
         self._command(build)
         return numbers
 
@@ -277,35 +284,15 @@ class Artifact:
         """
         if not versions:
             raise InvalidInputError("name at least one version to bring back")
-        log = self._log()
-        state = log.refresh()
+        log = self.open_log()
         since = len(log.records)
-        numbers = sorted({self._number_of_deleted(state, version) for version in versions})
-        look = True
-
-        def build(state: ArtifactState) -> Iterable[Op]:
-            nonlocal look
-            self._check_open(state)
-            for number in numbers:
-                if state.versions[number].deleted is None:
-                    raise InvalidInputError(f"{self.name}:v{number} is not deleted")
-            if look:
-                for number in numbers:
-                    self._check_bytes(Version(self, log, state.versions[number]))
-                look = False
-            return [UndeleteOp(numbers)]
-
-        def notice(record: Record) -> None:
-            # After a fence, or when the manifest moved, what was looked at before proves nothing.
-            nonlocal look
-            look = look or any(isinstance(op, FenceOp | RepackOp) for op in record.ops)
-
-        log.append(self.repository.author.new_id().hex(), build, self.repository.author, since=since, on_record=notice)
-        return numbers
+        revival = _Revival(self, log, sorted({self._number_of_deleted(log.state, version) for version in versions}))
+        author = self.repository.author
+        log.append(author.new_id().hex(), revival.build, author, since=since, on_record=revival.notice)
+        return revival.numbers
 
     def _number_of_deleted(self, state: ArtifactState, version: int | str | Version) -> int:
-        if isinstance(version, Version):
-            version = version.number
+        version = self._own(state, version)
         if isinstance(version, str):
             ref, back = parse_ref(version)
             if back:
@@ -317,15 +304,6 @@ class Artifact:
             raise InvalidInputError(f"{self.name}:v{version} is not deleted")
         return version
 
-    def _check_bytes(self, version: Version) -> None:
-        repo = self.repository
-        try:
-            containers = set(version.tree.containers())
-        except NotFoundError as error:
-            raise NotFoundError(f"{version.address} cannot be brought back: its bytes are gone ({error})") from error
-        if condemned_or_missing(repo.store, containers, threads=repo.threads):
-            raise NotFoundError(f"{version.address} cannot be brought back: a gc has taken some of its bytes")
-
     # -- the artifact itself ------------------------------------------------------------------------------------------
 
     def rename(self, name: str) -> None:
@@ -336,9 +314,7 @@ class Artifact:
             ConflictError: Another artifact has that name, case aside.
         """
         check_name(name)
-        repo = self.repository
-        id_ = self._log().id
-        repo.catalog.append(repo.author.new_id().hex(), lambda _: [RenameOp(id_, name)], repo.author)
+        self._catalog(self._log().id, lambda id_: RenameOp(id_, name))
         self.name = name
 
     def remove(self) -> None:
@@ -352,12 +328,23 @@ class Artifact:
         log.refresh()
 
         def close(state: ArtifactState) -> Iterable[Op]:
-            self._check_open(state)
+            self.check_open(state)
             return [CloseOp()]
 
         with suppress(NotFoundError):  # closed already: by another process, or by one that died before the next step
             log.append(repo.author.new_id().hex(), close, repo.author)
-        repo.catalog.append(repo.author.new_id().hex(), lambda _: [RemoveOp(log.id)], repo.author)
+        self._catalog(log.id, RemoveOp)
+
+    def _catalog(self, id_: str, op: Callable[[str], Op]) -> None:
+        """Commit an op about this artifact to the catalog."""
+        repo = self.repository
+
+        def build(state: CatalogState) -> Iterable[Op]:
+            if state.name_of(id_) is None:
+                raise NotFoundError(f"the artifact {self.name!r} was removed")
+            return [op(id_)]
+
+        repo.catalog.append(repo.author.new_id().hex(), build, repo.author)
 
     # -- the log ------------------------------------------------------------------------------------------------------
 
@@ -380,7 +367,7 @@ class Artifact:
             NotFoundError: There is no such artifact, or it was removed.
         """
         log = self._log()
-        self._check_open(log.refresh())
+        self.check_open(log.refresh())
         return log
 
     def state(self) -> ArtifactState:
@@ -393,20 +380,55 @@ class Artifact:
             raise self.repository.no_artifact(self.name)
         return log
 
-    def _check_open(self, state: ArtifactState) -> None:
+    def check_open(self, state: ArtifactState) -> None:
+        """Raise `NotFoundError` when the log is closed."""
         if state.closed:
             raise NotFoundError(f"the artifact {self.name!r} was removed")
 
-    def _command(self, build: Any) -> None:
-        log = self._log()
-        log.refresh()
+    def _command(self, build: Callable[[ArtifactState], Iterable[Op]]) -> None:
+        log = self.open_log()
 
         def checked(state: ArtifactState) -> Iterable[Op]:
-            self._check_open(state)
-            ops: Iterable[Op] = build(state)
-            return ops
+            self.check_open(state)
+            return build(state)
 
         log.append(self.repository.author.new_id().hex(), checked, self.repository.author)
+
+
+class _Revival:
+    """Brings versions back: every object that they need is looked at, and again after each gc that passes."""
+
+    def __init__(self, artifact: Artifact, log: Log[ArtifactState], numbers: list[int]) -> None:
+        self._artifact = artifact
+        self._log = log
+        self.numbers = numbers
+        self._looked = False
+
+    def build(self, state: ArtifactState) -> Iterable[Op]:
+        """The op for the slot after ``state``."""
+        self._artifact.check_open(state)
+        for number in self.numbers:
+            if state.versions[number].deleted is None:
+                raise InvalidInputError(f"{self._artifact.name}:v{number} is not deleted")
+        if not self._looked:
+            for number in self.numbers:
+                self._look(Version(self._artifact, self._log, state.versions[number]))
+            self._looked = True
+        return [UndeleteOp(self.numbers)]
+
+    def notice(self, record: Record) -> None:
+        """After a fence, or when the manifest moved, what was looked at before proves nothing."""
+        if any(isinstance(op, FenceOp | RepackOp) for op in record.ops):
+            self._looked = False
+
+    def _look(self, version: Version) -> None:
+        repo = self._artifact.repository
+        try:
+            containers = set(version.tree.containers())
+        except NotFoundError as error:
+            raise NotFoundError(f"{version.address} cannot be brought back: its bytes are gone ({error})") from error
+        if condemned_or_missing(repo.store, containers, threads=repo.threads):
+            raise NotFoundError(f"{version.address} cannot be brought back: a gc has taken some of its bytes")
 
 
 def _fingerprint(tree: Tree, path: str) -> object:

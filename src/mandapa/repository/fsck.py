@@ -21,6 +21,7 @@ from mandapa.format.manifest import (
     FileRow,
     LargeFileRow,
     Leaf,
+    Node,
     NodeAddress,
     NodeCutter,
     Part,
@@ -181,6 +182,9 @@ class _Check:
             self._hurt("I4", where, error)
             return
         self._count("versions")
+        top = self._reader.load(root)
+        if isinstance(top, Branch) and len(top.rows) == 1:
+            self._found("I5", where, "the root of its manifest has one child alone")
         self._paths(root, where)
         op = version.op
         if summary.digest.hex() != op.digest:
@@ -281,11 +285,18 @@ class _Check:
                     self._found("I6", row.path, "a chunk is a delta to a chunk that is a delta itself")
         if isinstance(row, LargeFileRow):
             for part in row.parts:
+                self._part(self._reader.load(child_address(part, table)), row.path)
                 self._extend(table[part.container], part.offset + part.stored)
                 self._ranges[table[part.container]].add((part.offset, part.stored, ZSTD, part.hash))
                 reached.add(table[part.container])
             return {part.container for part in row.parts}
         return {number for chunk in row.chunks for number in (chunk.container, *((chunk.base or ())[:1]))}
+
+    def _part(self, part: Node, path: str) -> None:
+        if isinstance(part, Part):
+            needed = {number for chunk in part.rows for number in (chunk.container, *((chunk.base or ())[:1]))}
+            if needed != set(range(len(part.containers))) or len(set(part.containers)) != len(part.containers):
+                self._found("I5", path, "a part's table names a container twice, or one that no chunk needs")
 
     def _chunk(self, piece: Piece, path: str) -> None:
         self._extend(piece.container, piece.offset + piece.stored)
@@ -323,7 +334,8 @@ class _Check:
     def _lists(self) -> None:
         for info in self._store.list(GC):
             try:
-                decode_gc_list(self._store.get(info.key), key=info.key)
+                if decode_gc_list(self._store.get(info.key), key=info.key).epoch != info.key.removeprefix(GC):
+                    self._found("I10", info.key, "holds the list of another epoch")
             except NotFoundError:
                 continue
             except CorruptionError as error:

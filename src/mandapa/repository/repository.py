@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, get_args
 
 from mandapa.address import parse_address
-from mandapa.content.codecs import Mode
+from mandapa.content.codecs import FEATURES, Mode
 from mandapa.content.index import Index
 from mandapa.content.tree import NodeReader
 from mandapa.errors import (
@@ -33,10 +33,7 @@ from mandapa.repository.log import Author, Log
 from mandapa.repository.state import ArtifactState, CatalogState
 from mandapa.repository.version import Version
 
-__all__ = ["FEATURES", "Repository"]
-
-FEATURES: frozenset[str] = frozenset()
-"""Features beyond the base format that this mandapa can read; a version that requires another one is refused."""
+__all__ = ["Repository"]
 
 
 class Repository:
@@ -217,7 +214,7 @@ class Repository:
         Raises:
             FormatVersionError: Names the features.
         """
-        lacking = sorted(set(requires) - FEATURES)
+        lacking = sorted(set(requires) - set(FEATURES.values()))
         if lacking:
             raise FormatVersionError(f"{address} needs {', '.join(lacking)}, which this mandapa lacks: upgrade it")
 

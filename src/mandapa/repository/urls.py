@@ -8,6 +8,7 @@ from contextlib import suppress
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from mandapa.errors import InvalidInputError
+from mandapa.format import strict
 from mandapa.object_store.base import ObjectStore
 from mandapa.object_store.cloud import CloudObjectStore
 
@@ -22,7 +23,7 @@ _SECRET = re.compile(
     r"signature|credential|token|secret|password|passwd|api[-_]?key|access[-_]?key|^sig$|^key$", re.IGNORECASE
 )
 _BAD = re.compile(r"[\x00-\x20\x7f-\x9f\ud800-\udfff\u2028\u2029]")
-_CHECKSUM = re.compile(r"[a-z0-9]+:[^\x00-\x1f]{1,200}")
+_CHECKSUM = re.compile(r"[a-z0-9]+:.+")
 
 
 def check_url(url: str) -> None:
@@ -60,6 +61,7 @@ def url_facts(url: str, size: int | None, checksum: str, store: ObjectStore) -> 
     """
     if size is not None and (not isinstance(size, int) or size < 0):
         raise InvalidInputError(f"size={size!r}: bytes, 0 or more")
+    strict.check_url(url, checksum)
     if checksum and not _CHECKSUM.fullmatch(checksum):
         raise InvalidInputError(f"checksum={checksum!r}: write its kind first, as in 'sha256:9f86d08...' or 'etag:...'")
     parts = urlsplit(url)

@@ -156,6 +156,11 @@ class Version:
     def _key(self) -> tuple[str, str, int]:
         return self._repo.id, self._state.record.txn, self.number
 
+    def is_in(self, state: ArtifactState) -> bool:
+        """Whether it is one of the versions of ``state``, deleted or not: for the layers of this package."""
+        found = state.versions.get(self.number)
+        return found is not None and found.record.txn == self._state.record.txn
+
     @property
     def artifact(self) -> Artifact:
         """The artifact that this is a version of."""

@@ -22,7 +22,7 @@ from mandapa.content.walk import walk
 from mandapa.digest import digest
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import container_key
-from mandapa.format.manifest import FileRow, LargeFileRow, Leaf, decode_node, encode_node
+from mandapa.format.manifest import LargeFileRow, Leaf, decode_node, encode_node
 from mandapa.format.pack import KIND_NODE, read_pack_table
 from mandapa.object_store import LocalObjectStore, MemoryObjectStore
 from mandapa.testing.faults import CountingObjectStore
@@ -787,4 +787,3 @@ def test_local_store(tmp_path, index):
         located = upload.add_bytes("a", noise(20 * MIB))
         upload.flush()
     assert content(store, located) == noise(20 * MIB)
-    assert isinstance(located.row, FileRow)

@@ -22,7 +22,7 @@ def artifact() -> None:
 @common
 @pass_session
 def rename(session: Session, old: str, new: str) -> None:
-    """Give artifact OLD the name NEW; its history stays, and OLD becomes free."""
+    """Give artifact OLD the name NEW. Its history stays, and OLD becomes free."""
     session.open().artifact(old).rename(new)
     session.emit({"artifact": new, "was": old}, lambda: f"{old} is now {new}")
 

@@ -55,7 +55,7 @@ def delete(session: Session, addresses: tuple[str, ...]) -> None:
 @common
 @pass_session
 def undelete(session: Session, addresses: tuple[str, ...]) -> None:
-    """Bring deleted versions back; 'log --deleted ARTIFACT' lists them.
+    """Bring deleted versions back. 'log --deleted ARTIFACT' lists them.
 
     ADDRESS names one by its number or digest. It is looked at first whether all of its bytes are still there.
     """

@@ -5,15 +5,19 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from mandapa.content.codecs import ZSTD, Mode, encode
+from mandapa.content.cutters import Source
 from mandapa.content.index import Index, Piece, piece_of
 from mandapa.digest import Hasher, digest
+from mandapa.errors import InvalidInputError
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, TRAILER_SIZE, PackEntry, pack_footer
@@ -227,11 +231,13 @@ def _new_buffer() -> mmap.mmap:
     return buffer
 
 
-class _Batch(NamedTuple):
-    """Chunks in one buffer."""
+class Batch(NamedTuple):
+    """Neighbouring chunks of about 4 MiB together, in one buffer."""
 
     buffer: bytearray
-    spans: list[tuple[int, int]]
+    ends: list[int]
+    read: Callable[[memoryview], None] | None
+    """Fills the buffer, in any thread; None where it is filled."""
 
 
 class _Taken(NamedTuple):
@@ -322,45 +328,65 @@ class Placer:
         codec, stored = encode(data, self._codec)
         return self.add(hash_, len(data), codec, stored)
 
+    def from_views(self, views: Iterable[memoryview]) -> Iterator[Batch]:
+        """Batches of chunks, each view copied before the next is asked for."""
+        batch, used = self._begin(0), 0
+        for view in views:
+            size = len(view)
+            if used + size > len(batch.buffer):
+                if used:
+                    yield batch
+                batch, used = self._begin(size), 0
+            batch.buffer[used : used + size] = view
+            used += size
+            batch.ends.append(used)
+        if used:
+            yield batch
+
+    def from_cuts(self, source: Source, path: str, cuts: Sequence[int], start: int) -> Iterator[Batch]:
+        """Batches of the chunks of ``source`` from ``start`` on, which is a cut or 0; read by whoever hashes them."""
+        first = bisect_right(cuts, start)
+        while first < len(cuts):
+            last = max(bisect_right(cuts, start + _BUFFER), first + 1)
+            ends = [cut - start for cut in cuts[first:last]]
+            buffer = self._begin(ends[-1]).buffer
+            yield Batch(buffer, ends, partial(_read_all, source, path, start, ends[-1]))
+            start = cuts[last - 1]
+            first = last
+
     def place_all(
-        self, views: Iterable[memoryview], known: dict[bytes, Piece], asset: Hasher, skip: int
+        self, batches: Iterable[Batch], known: dict[bytes, Piece], asset: Hasher, skip: int
     ) -> list[tuple[bytes, Chunk]]:
-        """Place chunks, in order; hashing and encoding run in other threads.
+        """Place chunks, in order; reading, hashing and encoding run in other threads.
 
         Args:
-            views: The chunks; each view is used up before the next is asked for.
+            batches: The chunks.
             known: Chunks of the base row.
             asset: Is fed with all bytes but the first ``skip``.
             skip: Bytes that ``asset`` has seen already.
         """
         self._map_seeds()
         placed: list[tuple[bytes, Chunk]] = []
-        waiting: deque[tuple[_Batch, Future[list[_Taken]]]] = deque()
-        batch, used = self._begin(0), 0
+        waiting: deque[tuple[Batch, Future[list[_Taken]]]] = deque()
+        seen = skip
 
         def settle() -> None:
-            done, future = waiting.popleft()
-            placed.extend([(one.hash, self._settle(one)) for one in future.result()])
-            if len(done.buffer) == _BUFFER:
-                self._buffers.append(done.buffer)
+            nonlocal seen
+            batch, future = waiting.popleft()
+            taken = future.result()
+            size = batch.ends[-1]
+            if seen < size:
+                asset.update(memoryview(batch.buffer)[seen:size])
+            seen = max(0, seen - size)
+            placed.extend([(one.hash, self._settle(one)) for one in taken])
+            if len(batch.buffer) == _BUFFER:
+                self._buffers.append(batch.buffer)
 
         try:
-            for view in views:
-                size = len(view)
-                if skip < size:
-                    asset.update(view[skip:] if skip else view)
-                skip = max(0, skip - size)
-                if used + size > len(batch.buffer):
-                    if batch.spans:
-                        waiting.append((batch, self.submit(self._work, batch, known)))
-                        if len(waiting) > self._workers:
-                            settle()
-                    batch, used = self._begin(size), 0
-                batch.buffer[used : used + size] = view
-                batch.spans.append((used, used + size))
-                used += size
-            if batch.spans:
+            for batch in batches:
                 waiting.append((batch, self.submit(self._work, batch, known)))
+                if len(waiting) > self._workers:
+                    settle()
             while waiting:
                 settle()
         finally:
@@ -387,29 +413,32 @@ class Placer:
         self._unmapped.clear()
         self._buffers.clear()
 
-    def _begin(self, size: int) -> _Batch:
+    def _begin(self, size: int) -> Batch:
         if size > _BUFFER:
-            return _Batch(bytearray(size), [])
-        return _Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [])
+            return Batch(bytearray(size), [], None)
+        return Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [], None)
 
-    def _work(self, batch: _Batch, known: dict[bytes, Piece]) -> list[_Taken]:
-        """Hash chunks, and encode those that nobody knows. In any thread: changes nothing."""
+    def _work(self, batch: Batch, known: dict[bytes, Piece]) -> list[_Taken]:
+        """Hash chunks, and encode those that nobody knows. In any thread: changes nothing but the batch."""
         view = memoryview(batch.buffer)
+        if batch.read is not None:
+            batch.read(view)
         placed, bad = self.placed, self.bad
-        hashes = [digest(view[start:end]) for start, end in batch.spans]
+        chunks = [view[start:end] for start, end in zip([0, *batch.ends], batch.ends, strict=False)]
+        hashes = [digest(chunk) for chunk in chunks]
         found = {hash_: known[hash_] for hash_ in hashes if hash_ in known and known[hash_].container not in bad}
         unknown = [hash_ for hash_ in hashes if hash_ not in placed and hash_ not in found]
         if unknown:
             found.update(self._find(unknown))
         result = []
         seen: set[bytes] = set()
-        for hash_, (start, end) in zip(hashes, batch.spans, strict=True):
+        for hash_, chunk in zip(hashes, chunks, strict=True):
             if hash_ in found or hash_ in seen or hash_ in placed:
-                result.append(_Taken(hash_, end - start, 0, None, found.get(hash_)))
+                result.append(_Taken(hash_, len(chunk), 0, None, found.get(hash_)))
             else:
                 seen.add(hash_)
-                codec, stored = encode(view[start:end], self._codec)
-                result.append(_Taken(hash_, end - start, codec, stored, None))
+                codec, stored = encode(chunk, self._codec)
+                result.append(_Taken(hash_, len(chunk), codec, stored, None))
         return result
 
     def _settle(self, one: _Taken) -> Chunk:
@@ -450,3 +479,8 @@ class Placer:
                     else:
                         self._seeds.update([(chunk.hash, (chunk, table)) for chunk in row.chunks])
         self._unmapped.clear()
+
+
+def _read_all(source: Source, path: str, offset: int, size: int, view: memoryview) -> None:
+    if source.readinto(offset, view[:size]) != size:
+        raise InvalidInputError(f"{path} changed while it was added: add files that nobody writes any more")

@@ -36,7 +36,7 @@ class Located(NamedTuple):
 class NodeReader:
     """Reads manifest nodes, each verified, each fetched once.
 
-    One range request a node. ``on_leaf`` is called with every leaf and part that was fetched, to feed a local index.
+    One range request a node. ``on_leaf`` is called with every leaf and part that was read or written, to feed a local index.
     """
 
     def __init__(
@@ -61,8 +61,6 @@ class NodeReader:
             [stored] = self._store.get_ranges(key, [(address.offset, address.stored)])
             node = decode_node(stored, address.hash, key=key)
             self.remember(address.hash, node)
-            if self._on_leaf is not None and not isinstance(node, Branch):
-                self._on_leaf(node)
         return node
 
     def digest(self, address: NodeAddress) -> bytes:
@@ -82,6 +80,8 @@ class NodeReader:
                 self._nodes.pop(old, None)
                 self._digests.pop(old, None)
         self._nodes[hash_] = node
+        if self._on_leaf is not None and not isinstance(node, Branch):
+            self._on_leaf(node)
 
 
 def child_address(row: ChildRow | PartAddress, table: Sequence[bytes]) -> NodeAddress:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from mandapa.content.codecs import Mode
-from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, growing_cuts
+from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, growing_cuts, structured_cuts
 from mandapa.content.cutters.structured import STRUCTURED_MIN
 from mandapa.content.index import Index, Piece
 from mandapa.content.packing import Packer, Placer
@@ -441,9 +441,14 @@ class Upload:
             start = cuts[len(kept) - 1] if kept else 0
         else:
             asset = Hasher()
-        views = self._cutter.cut(source, at, cuts=cuts, start=start)
+        if cuts is None:
+            cuts = structured_cuts(source)
+        if cuts is not None:  # then the threads that hash can read as well
+            batches = self._placer.from_cuts(source, at, cuts, start)
+        else:
+            batches = self._placer.from_views(self._cutter.cut(source, at))
         chunks = self._adopt_all(kept)
-        chunks += self._placer.place_all(views, known, asset, hashed - start)
+        chunks += self._placer.place_all(batches, known, asset, hashed - start)
         digest_ = asset.digest()
         if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == digest_:
             located = self._relabel(base, at, mode)

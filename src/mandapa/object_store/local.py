@@ -134,6 +134,15 @@ class LocalObjectStore:
             with self._explained("delete under", parent), suppress(FileNotFoundError):
                 self._sync_directory(self._prune(parent))
 
+    def foreign(self) -> str | None:
+        """The name of something in the directory that cannot be an object of this store, such as ``README.md``."""
+        with self._explained("list", ""):
+            try:
+                names = sorted(os.listdir(self._root))
+            except FileNotFoundError:
+                return None
+            return next((name for name in names if name != _TEMP and not is_segment(name)), None)
+
     def __repr__(self) -> str:
         return f"LocalObjectStore({self._root!r}{'' if self._fsync else ', fsync=False'})"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import threading
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Any, get_args
@@ -14,22 +13,22 @@ from mandapa.content.codecs import FEATURES, Mode
 from mandapa.content.index import Index
 from mandapa.content.tree import NodeReader
 from mandapa.errors import (
-    AlreadyExistsError,
     ConflictError,
     FormatVersionError,
     InvalidInputError,
     NotFoundError,
     StorageError,
 )
-from mandapa.format.keys import CATALOG, MARKER
+from mandapa.format.keys import CATALOG, MARKER, log_key
 from mandapa.format.records import Op, RegisterOp, SettingsOp, decode_marker, encode_marker
 from mandapa.format.strict import check_name
 from mandapa.object_store.base import ObjectStore
+from mandapa.object_store.local import LocalObjectStore
 from mandapa.object_store.probe import probe
 from mandapa.object_store.retry import RetryingObjectStore
 from mandapa.object_store.single_writer import SingleWriterObjectStore
 from mandapa.repository.artifact import Artifact
-from mandapa.repository.log import Author, Log
+from mandapa.repository.log import Author, Log, create_once
 from mandapa.repository.state import ArtifactState, CatalogState
 from mandapa.repository.version import Version
 
@@ -78,7 +77,6 @@ class Repository:
             ) from None
         self.store: ObjectStore = patient
         self._logs: dict[str, Log[ArtifactState]] = {}
-        self._lock = threading.Lock()
         self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
         if self.catalog.refresh().settings.get("writers") == "single":
             self.store = SingleWriterObjectStore(patient)
@@ -107,10 +105,15 @@ class Repository:
 
     @staticmethod
     def _make(store: ObjectStore, patient: ObjectStore, author: Author, single_writer: bool) -> None:
-        stranger = next(iter(patient.list("")), None)
-        if stranger is not None:
+        """Settings first, marker last: what is half made is no repository, and can be made again."""
+        marker = encode_marker(author.new_id().hex())
+        leftovers = ("probe/", log_key(CATALOG, 0))
+        stranger = next((info.key for info in patient.list("") if not info.key.startswith(leftovers)), None)
+        if stranger is None and isinstance(store, LocalObjectStore):
+            stranger = store.foreign()
+        if stranger not in (None, MARKER):
             raise InvalidInputError(
-                f"{store.url} holds other things (such as {stranger.key!r}) and no repository: choose an empty prefix"
+                f"{store.url} holds other things (such as {stranger!r}) and no repository: choose an empty prefix"
             )
         result = probe(patient)
         if single_writer:
@@ -120,10 +123,6 @@ class Repository:
                 f"{store.url} cannot be trusted with several writers: {'; '.join(result.reasons)}. If only one process "
                 "will ever write at a time, say so with 'mandapa init --single-writer'"
             )
-        try:
-            patient.create(MARKER, encode_marker(author.new_id().hex()))
-        except AlreadyExistsError:
-            return  # another process made it at the same time: that one it is
         settings = {
             "writers": "single" if single_writer else "many",
             "probe": {
@@ -133,8 +132,15 @@ class Repository:
                 "at": author.now(),
             },
         }
-        catalog = Log(patient, CATALOG, CatalogState)
-        catalog.append(author.new_id().hex(), lambda _: [SettingsOp(settings)], author)
+
+        def build(state: CatalogState) -> Iterable[Op]:
+            if state.settings:
+                raise _DoneError  # by another process, now or before it died
+            return [SettingsOp(settings)]
+
+        with suppress(_DoneError):
+            Log(patient, CATALOG, CatalogState).append(author.new_id().hex(), build, author)
+        create_once(patient, MARKER, marker, author)
 
     def __repr__(self) -> str:
         """Where it is, for people."""
@@ -177,11 +183,11 @@ class Repository:
 
     def log(self, artifact_id: str) -> Log[ArtifactState]:
         """The log of an artifact id; one object for each, so that its records are read once."""
-        with self._lock:
-            log = self._logs.get(artifact_id)
-            if log is None:
-                log = self._logs[artifact_id] = Log(self.store, artifact_id, ArtifactState, threads=self.threads)
-            return log
+        log = self._logs.get(artifact_id)
+        if log is None:  # one atomic call and no lock, which a fork could inherit held
+            new = Log(self.store, artifact_id, ArtifactState, threads=self.threads)
+            log = self._logs.setdefault(artifact_id, new)
+        return log
 
     def register(self, name: str) -> Log[ArtifactState]:
         """The log of the artifact of that name, which is put into the catalog if it is not there."""
@@ -190,13 +196,13 @@ class Repository:
 
         def build(state: CatalogState) -> Iterable[Op]:
             if name in state.names:
-                raise _RegisteredError
+                raise _DoneError
             for other in state.names:
                 if other.lower() == name.lower():
                     raise ConflictError(f"there is an artifact {other!r}; names differ by more than case")
             return [RegisterOp(name, id_)]
 
-        with suppress(_RegisteredError):
+        with suppress(_DoneError):
             self.catalog.append(id_, build, self.author)
         return self.log(self.catalog.state.names[name])
 
@@ -219,5 +225,5 @@ class Repository:
             raise FormatVersionError(f"{address} needs {', '.join(lacking)}, which this mandapa lacks: upgrade it")
 
 
-class _RegisteredError(Exception):
+class _DoneError(Exception):
     pass

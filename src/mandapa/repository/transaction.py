@@ -149,6 +149,7 @@ class Transaction:
             codec=self._repo.codec,
             threads=self._repo.threads,
             new_id=self._repo.author.new_id,
+            nodes=self._repo.reader,
         )
         self._upload.before_first_put = self._register
         self._upload.progress = self._report
@@ -171,6 +172,7 @@ class Transaction:
         finally:
             self._over = True
             upload.close()
+            self._repo.index.flush()
 
     # -- changes ------------------------------------------------------------------------------------------------------
 

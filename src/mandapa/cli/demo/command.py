@@ -32,6 +32,11 @@ def command(session: Session, epochs: int) -> None:
     from mandapa.cli.demo.story import Story
 
     # MANDAPA_REPO may well be a team's bucket: no place to play in, unless --repo says so.
-    story = Story(session.repo or EMBEDDED, "demo-out", epochs, quiet=session.json, embedded=session.repo is None)
+    program = click.get_current_context().find_root().command
+
+    def run(arguments: list[str]) -> int:
+        return int(program.main(arguments, prog_name="mandapa", standalone_mode=False) or 0)
+
+    story = Story(session.repo or EMBEDDED, "demo-out", epochs, run, quiet=session.json, embedded=session.repo is None)
     result = story.run()
     session.emit(result, str)

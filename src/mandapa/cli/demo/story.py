@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from io import StringIO
 from typing import Any
@@ -20,7 +20,7 @@ import click
 import mandapa
 from mandapa.cli.demo.training import ARTIFACT, Config, evaluate, load_data, load_model
 from mandapa.cli.text import count, size
-from mandapa.errors import CorruptionError, MandapaError
+from mandapa.errors import CorruptionError, InvalidInputError, MandapaError
 
 __all__ = ["Story"]
 
@@ -32,19 +32,26 @@ class Story:
         url: The repository; made if missing.
         out: A folder for working files.
         epochs: How long to train; the trainer is killed half way.
+        run_command: Runs a command line of `mandapa`; gives its exit code.
         quiet: Print nothing.
         embedded: The repository is the one that commands find by themselves in this folder.
     """
 
-    def __init__(self, url: str, out: str, epochs: int, *, quiet: bool, embedded: bool) -> None:
+    def __init__(
+        self, url: str, out: str, epochs: int, run_command: Callable[[list[str]], int], *, quiet: bool, embedded: bool
+    ) -> None:
+        self._run_command = run_command
         self._repo = mandapa.open(url, create=True)
         self._url = url
         self._quiet = quiet
         plain = embedded and not os.environ.get("MANDAPA_REPO")
         self._prefix = [] if plain else ["--repo", url]
         digits = self._repo.artifact(ARTIFACT)
-        self._before = [*digits.versions(), *digits.deleted()] if digits.exists() else []
-        number = 1 + len({version.run for version in self._before if version.run.startswith("demo-")})
+        before = [*digits.versions(), *digits.deleted()] if digits.exists() else []
+        runs = {version.run for version in before}
+        if any(not run.startswith("demo-") for run in runs):
+            raise InvalidInputError(f"the artifact '{ARTIFACT}' in {url} is not the demo's: run it in another folder")
+        number = 1 + len(runs)
         self._config = Config(run=f"demo-{number}", epochs=epochs, seed=number)
         self._kill_at = epochs // 2 + 1
         self._work = os.path.join(out, self._config.run)
@@ -126,7 +133,9 @@ class Story:
         """Say what the store has after the kill."""
         newest = self._repo.artifact(ARTIFACT).version()
         self._result["killed_in_epoch"] = self._kill_at
-        self._say(f"epoch {self._kill_at}  killed with SIGKILL, in the middle of its commit")
+        done = newest.run == self._config.run and newest.metadata["epoch"] == self._kill_at
+        moment = "right after its commit" if done else "in the middle of its commit"
+        self._say(f"epoch {self._kill_at}  killed with SIGKILL, {moment}")
         self._say(f"The newest version is {newest.address}, of epoch {newest.metadata['epoch']}, and it is whole.")
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
@@ -183,13 +192,6 @@ class Story:
 
     def _command(self, *arguments: str) -> int:
         """Run a command as a user would, after showing it."""
-        from mandapa.cli import main
-
         self._say("$ " + " ".join(["mandapa", *self._prefix, *arguments]))
-        run: Callable[[], Any] = lambda: main.main(  # noqa: E731
-            ["--repo", self._url, *arguments], prog_name="mandapa", standalone_mode=False
-        )
-        if not self._quiet:
-            return int(run() or 0)
-        with redirect_stdout(StringIO()):
-            return int(run() or 0)
+        with redirect_stdout(StringIO()) if self._quiet else nullcontext():
+            return self._run_command(["--repo", self._url, *arguments])

@@ -1,0 +1,67 @@
+# What continuous integration runs, and what you run: each target installs what it needs into .venv first.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
+# Pinned wherever it is installed: the tests are written against it.
+TORCH  := torch==2.13.0
+
+.PHONY: help demo test lint soak bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    train, kill, resume, check and restore a small model (half a minute)'
+	@echo 'make test    lint, then all tests but the slow ones'
+	@echo 'make lint    ruff, mypy, import-linter'
+	@echo 'make soak    the slow tests: larger counts'
+	@echo 'make bench   the benchmarks'
+	@echo 'make clean   remove what make made, but no repository'
+
+demo: $(VENV)/.demo
+	@$(BIN)/mandapa demo
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+test: lint $(VENV)/.azurite
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules src tests
+
+soak: $(VENV)/.test $(VENV)/.azurite
+	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
+
+bench: $(VENV)/.test
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done
+
+clean:
+	rm -rf $(VENV) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf tests/azurite/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- environments ------------------------------------------------------------------------------------------------------
+
+$(VENV)/.pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'mandapa needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.pip pyproject.toml
+	$(PIP) install $(TORCH) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.pip pyproject.toml
+	$(PIP) install $(TORCH) -e '.[aws,demo]' --group test --group lint
+	@touch $@
+
+# Azure's emulator needs node; where there is none, its tests say that they are skipped.
+$(VENV)/.azurite: $(VENV)/.test $(wildcard tests/azurite/package.json)
+	@if command -v npm >/dev/null && test -f tests/azurite/package.json; then \
+	  npm install --prefix tests/azurite --no-package-lock --no-audit --no-fund --silent || \
+	    echo 'azurite could not be installed: the tests that need it are skipped' >&2; \
+	fi
+	@touch $@

@@ -1,0 +1,177 @@
+"""The documents say everything, and what they say is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+
+import mandapa
+from mandapa import errors, object_store
+from mandapa.cli import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CLI = (ROOT / "docs/cli.md").read_text()
+PYTHON = (ROOT / "docs/python.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def commands(group=main, path="mandapa"):
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{path} {name}")
+        else:
+            yield f"{path} {name}", command
+
+
+def section(command):
+    """What docs/cli.md says under the heading of a command."""
+    found = re.search(rf"^### `{re.escape(command)}\b.*?(?=^##)", CLI + "\n## ", re.MULTILINE | re.DOTALL)
+    assert found, f"docs/cli.md has no heading for {command}"
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(commands()), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_every_command_and_option_is_documented(path, command):
+    """Under its heading, every spelling."""
+    text = section(path)
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name not in ("as_json", "repo"):
+            for spelling in option.opts:
+                assert f"`{spelling}" in text, f"{path}: {spelling}"
+
+
+def test_no_command_is_made_up():
+    """Each heading and each example names a command that there is."""
+    known = {path for path, _ in commands()}
+    for text in (CLI, README, PYTHON):
+        for line in re.findall(r"`(mandapa [a-z]+(?: (?:rename|remove)\b)?)", text):
+            assert line in known, line
+
+
+def test_keys_of_json_are_documented(tmp_path, monkeypatch):
+    """Those of versions, assets and errors."""
+    monkeypatch.chdir(tmp_path)
+    from mandapa.cli.values import asset_value, version_value
+
+    repo = mandapa.open("memory://keys", create=True)
+    with repo.artifact("a").transaction() as txn:
+        txn.add_bytes("x", b"x")
+        txn.add_url("y", "s3://b/y")
+    version = repo["a"]
+    keys = {*version_value(version), *asset_value(version.assets["x"]), *asset_value(version.assets["y"])}
+    assert not [key for key in keys if f"`{key}`" not in CLI]
+
+
+@pytest.mark.parametrize("name", [*mandapa.__all__, *object_store.__all__, *errors.__all__])
+def test_every_public_name_is_documented(name):
+    """In docs/python.md, and it is there."""
+    assert re.search(rf"`(mandapa\.)?{name}[(`]", PYTHON)
+    assert any(hasattr(module, name) for module in (mandapa, object_store, errors))
+
+
+@pytest.mark.parametrize("name", ["Repository", "Artifact", "Transaction", "Version", "Asset", "Diff"])
+def test_members_that_are_named_exist(name):
+    """What docs/python.md lists for a class is not made up."""
+    row = re.search(rf"^\| `{name}` \|(.*)\|$", PYTHON, re.MULTILINE)
+    if row is None:
+        return
+    members = {*dir(getattr(mandapa, name)), *getattr(getattr(mandapa, name), "__annotations__", {})}
+    for word in re.findall(r"`([a-z_]+)(?:\([a-z]*\))?`", row[1]):
+        assert word in members, f"{name}.{word}"
+
+
+def test_extras_variables_and_codes_are_documented():
+    """Each extra, each environment variable that the code reads, each exit code."""
+    for extra in PROJECT["project"]["optional-dependencies"]:
+        assert f"`{extra}`" in PYTHON
+    source = "".join(path.read_text() for path in (ROOT / "src/mandapa").rglob("*.py") if path.parent.name != "testing")
+    for variable in set(re.findall(r"\"(MANDAPA_[A-Z_]+)\"", source)):
+        assert f"`{variable}`" in PYTHON, variable
+    for code in (*range(8), "130, 141"):
+        assert f"\n| {code} |" in CLI
+
+
+def test_links_lead_somewhere():
+    """Within the repository."""
+    for document in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+STUBS = """
+import torch
+epochs = 3
+model = torch.nn.Linear(2, 2)
+optimizer = torch.optim.Adam(model.parameters())
+losses = iter([3.0, 1.0, 2.0])
+
+def train_one_epoch(model, optimizer):
+    loss = model(torch.ones(2)).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return next(losses)
+"""
+
+
+def test_snippets_of_the_readme_run(tmp_path):
+    """Train, start again (nothing left to do), read: in a folder instead of a bucket."""
+    pytest.importorskip("torch")
+    train, read = (block.replace("s3://team-bucket/runs", "repo") for block in blocks(README))
+    checks = "assert best.metadata == {'loss': 1.0} and best.number == 1 and start == 3 and state['epoch'] == 1\n"
+    program = "\n".join(
+        [STUBS, train, STUBS, train, read, "import os\nassert os.listdir('model') == ['checkpoint']", checks]
+    )
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
+def test_snippets_of_the_python_page_run(tmp_path):
+    """As they stand."""
+    program = "\n".join(blocks(PYTHON))
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert "runs" in os.listdir(tmp_path)
+
+
+def test_imports_have_no_cycle():
+    """Between modules; imports that only a type checker sees do not count."""
+    grimp = pytest.importorskip("grimp")
+    graph = grimp.build_graph("mandapa", exclude_type_checking_imports=True, cache_dir=None)
+    left = {module: set(graph.find_modules_directly_imported_by(module)) for module in graph.modules}
+    while done := [module for module, below in left.items() if not below & left.keys()]:
+        for module in done:
+            del left[module]
+    assert not left
+
+
+def test_layers_hold(tmp_path):
+    """The contracts of pyproject.toml."""
+    pytest.importorskip("importlinter")
+    program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", program, "--no-cache", "--no-logo"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_the_makefile_is_what_the_readme_says():
+    """Its targets, and continuous integration runs one of them."""
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^\$ make ([a-z]+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("make test")
+    assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -30,7 +30,7 @@ __all__ = ["Author", "Log", "create_once"]
 State = TypeVar("State", bound=LogState)
 
 HEAD_EVERY = 64
-"""A head is written when so many records came after the last one that was seen."""
+"""A head is written when a 64th of the log came after the last one, 64 records at most: a constant price a commit."""
 
 ATTEMPTS = 40
 """Tries at one slot that stays empty before the store is given up; with back-off about two minutes."""
@@ -116,17 +116,14 @@ class Log(Generic[State]):
             FormatVersionError: A record needs a newer mandapa.
         """
         with self._held():
-            if not self.records:
-                if self._heads:
-                    self._read_head()
-                self._read_listed()
-            else:
+            if not self.records and self._heads:
+                self._read_head()
+            if self.records:
                 try:
-                    data = self._store.get(self._key(len(self.records)))
+                    self._take(self._store.get(self._key(len(self.records))))
                 except NotFoundError:
                     return self.state
-                self._take(data)
-                self._read_listed()
+            self._read_listed()
             return self.state
 
     def append(
@@ -251,7 +248,7 @@ class Log(Generic[State]):
         self._head = len(self.records)
 
     def _write_head(self) -> None:
-        if len(self.records) - self._head < HEAD_EVERY:
+        if len(self.records) - self._head < min(HEAD_EVERY, max(1, len(self.records) // HEAD_EVERY)):
             return
         self._head = len(self.records)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -62,13 +63,14 @@ def _print_versions(session: Session, versions: list[Version]) -> None:
         for version in versions:
             session.emit(version_value(version), str)
         return
+    now = datetime.now(UTC)
     rows = [
         (
             f"v{version.number}",
             ", ".join(map(clean, version.names)),
             size(version.size),
             f"+{size(version.added)}",
-            age(version.created),
+            age(version.created, now),
             clean(version.run),
             first_line(version.message) or _facts(version),
         )

@@ -397,18 +397,17 @@ class Transaction:
 
     def _check_shapes(self, edits: Mapping[str, Located | None]) -> None:
         """Refuse a file where the version would also have a folder."""
-        folders = _folders(self._puts)
-        for path in folders & self._puts.keys():
+        for path in _folders(self._puts) & self._puts.keys():
             raise InvalidInputError(f"{path!r} cannot be a file and a folder in one version")
         tree = self._tree()
         if tree is None:
             return
-        for path in folders:
+        # Where the base has a file, it has no folder of that name, and no file above.
+        new = [path for path, located in edits.items() if located is not None and self._base_row(path) is None]
+        for path in _folders(new):
             if tree.get(path) is not None and edits.get(path, path) is not None:
                 raise InvalidInputError(f"{path!r} is a file in the base: remove it before something is added below it")
-        for path, located in edits.items():
-            if located is None or path in self._base_rows:
-                continue
+        for path in new:
             below = next((item for item in tree.under(path) if edits.get(item.row.path, item) is not None), None)
             if below is not None:
                 raise InvalidInputError(f"{path!r} is a folder in the base: remove it before a file takes its place")

@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports --no-logo
 
 test: lint $(VENV)/.azurite
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules src tests
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules tests src
 
 soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests

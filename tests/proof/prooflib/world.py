@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from mandapa.content.tree import Tree
 from mandapa.content.upload import Upload
 from mandapa.errors import ConflictError, InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import CATALOG, MARKER
-from mandapa.format.records import FenceOp, Op, Record, RepackOp, SettingsOp, VersionOp, encode_marker
+from mandapa.format.records import FenceOp, Op, Record, RegisterOp, RepackOp, SettingsOp, VersionOp, encode_marker
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.fsck import fsck
@@ -33,6 +34,7 @@ Action: TypeAlias = tuple[str, ...] | tuple[str, str, bytes]
 
 PATHS = ["a", "b", "c", "d/x", "d/y"]
 LARGE = Random(0).randbytes(66_000)  # more than goes beside the nodes: it makes a pack
+POOL = [b"", LARGE, *[f"content {number}".encode() * 5 for number in range(10)]]
 _NOON = datetime(2027, 1, 1, 12, tzinfo=UTC)
 
 
@@ -53,8 +55,15 @@ class Intent:
     """What each try has really asked for: one of them is what the version means."""
     version: int | None = None
     """As acknowledged."""
+    over: bool = False
+    unknown: bool = False
+    """A try ended without an answer: its record may land at any time."""
     refused: bool = False
-    """It was told that nothing was made."""
+    """It was told that nothing was made, and nothing is on its way."""
+
+    def refuse(self) -> None:
+        self.over = True
+        self.refused = not self.unknown
 
 
 class World:
@@ -94,6 +103,7 @@ class World:
         draw = self.random
         kinds = {writer: draw.randint(2, 3), gc: draw.randint(1, 2), reader: draw.randint(0, 2)}
         kinds[repacker] = draw.randint(0, 1)
+        kinds[remover] = draw.random() < 0.25
         for act, count in kinds.items():
             for number in range(count):
                 name = f"{act.__name__}{number}"
@@ -185,11 +195,10 @@ def writer(me: Actor) -> None:
         intent = _intent(me)
         world.intents.append(intent)
         for _ in range(4):
-            if me.alive(lambda: _transact(me, intent)):
-                if intent.refused or intent.version is not None:
-                    break
-            elif random.random() < 0.2:
-                break  # nobody takes it up again
+            me.alive(lambda: _transact(me, intent))
+            if intent.over or random.random() < 0.1:
+                break  # or nobody takes it up again
+            intent.unknown = True
         if random.random() < 0.3:
             me.alive(lambda: _look_around(me))
         for _ in range(random.randint(0, 2)):
@@ -212,8 +221,7 @@ def _intent(me: Actor) -> Intent:
     for _ in range(random.randint(1, 3)):
         kind = random.random()
         if kind < 0.7:
-            pool = [b"", b"one", b"two" * 20, b"three" * 50, LARGE]
-            data = random.choice(pool) if random.random() < 0.6 else f"{me.name} {random.random()}".encode()
+            data = random.choice(POOL) if random.random() < 0.85 else f"{me.name} {random.random()}".encode()
             plan.append(("put", random.choice(PATHS), data))
         elif kind < 0.85:
             plan.append(("copy", random.choice(me.world.names), random.choice([*PATHS, "d"])))
@@ -243,12 +251,16 @@ def _transact(me: Actor, intent: Intent) -> None:
                 intent.tries.append(done)
     except ConflictError:
         me.world.counts["conflict"] += 1
-        intent.refused = True
+        intent.refuse()
+    except NotFoundError as error:
+        if "was removed" not in str(error):
+            raise
+        intent.refuse()
     except StorageError:
         pass
     else:
         assert txn.version is not None
-        intent.version = txn.version.number
+        intent.over, intent.version = True, txn.version.number
 
 
 def _act(me: Actor, txn: Transaction, action: Action, done: list[Action]) -> None:
@@ -269,7 +281,7 @@ def _act(me: Actor, txn: Transaction, action: Action, done: list[Action]) -> Non
             txn.copy(version.address, path)
         except (NotFoundError, IndexError):
             return
-        done.append(("copy", name, str(version.number), path))
+        done.append(("copy", version._log.id, str(version.number), path))
 
 
 def _command(me: Actor) -> None:
@@ -280,7 +292,7 @@ def _command(me: Actor) -> None:
     me.pause()
     if not versions:
         return
-    version = random.choice(versions)
+    version = random.choice(versions[-3:])
     artifact = version.artifact
     by = me.signed()
     world.commands[by] = False
@@ -323,12 +335,12 @@ def _read(me: Actor, version: Version) -> None:
     except StorageError:
         return
     except NotFoundError as error:
-        if "was deleted" not in str(error):
+        if not re.search("was (deleted|removed)", str(error)):
             raise
         me.world.counts["gone"] += 1
         return
     me.world.counts["read"] += 1
-    me.world.reads.append((version.artifact.name, version.number, content))
+    me.world.reads.append((version._log.id, version.number, content))
 
 
 def gc(me: Actor) -> None:
@@ -367,8 +379,7 @@ def _repack(me: Actor) -> None:
     versions = me.versions()
     if not versions:
         return
-    log = repo.find_log(random.choice(versions).artifact.name)
-    assert log is not None
+    log = repo.log(random.choice(versions)._log.id)
     state = log.refresh()
     if not state.live():
         return
@@ -408,8 +419,21 @@ def _repack(me: Actor) -> None:
 
         log.append(repo.author.new_id().hex(), build, repo.author, since=since, on_record=notice)
         me.world.counts["repack"] += 1
-    except (NotFoundError, StorageError, _GiveUpError):
+    except (ConflictError, NotFoundError, StorageError, _GiveUpError):
         return
+
+
+def remover(me: Actor) -> None:
+    """Removes an artifact; who comes later makes a new one of that name."""
+    me.world.scheduler.sleep(me.random.randint(0, 400))
+
+    def remove() -> None:
+        try:
+            me.artifact().remove()
+        except (NotFoundError, StorageError):
+            return
+
+    me.alive(remove)
 
 
 # -- what must be true in the end -------------------------------------------------------------------------------------
@@ -435,7 +459,9 @@ class Truth:
         self.world = world
         self.repo = repo
         self.ids = dict(repo.catalog.state.names)
-        self.logs = {id_: repo.log(id_) for id_ in self.ids.values()}
+        registered = [op for record in repo.catalog.records for op in record.ops if isinstance(op, RegisterOp)]
+        self.names = {op.artifact: op.name for op in registered}
+        self.logs = {id_: repo.log(id_) for id_ in self.names}
         for log in self.logs.values():
             log.refresh()
         self.intents = {intent.txn: intent for intent in world.intents}
@@ -456,7 +482,7 @@ class Truth:
                 op = record.find(VersionOp)
                 if op is not None:
                     intent = self.intents[record.txn]
-                    if self.ids[intent.artifact] != id_:
+                    if self.names[id_] != intent.artifact:
                         raise Violation(f"{record.txn} was meant for another artifact")
                     latest = state.latest()
                     parent = latest.op.number if latest is not None and intent.base else None
@@ -483,6 +509,8 @@ class Truth:
     def check_versions(self) -> None:
         """Every live version reads back as what its transaction meant."""
         for name, id_ in self.ids.items():
+            if self.logs[id_].state.closed:
+                continue  # whoever removed it died before the catalog knew
             for version in self.repo.artifact(name).versions():
                 expected = self.content(id_, version.number)
                 found = {}
@@ -500,8 +528,8 @@ class Truth:
             for id_, log in repo._logs.items():
                 if log.lines != self.logs[id_].lines[: len(log.lines)]:
                     raise Violation("a process saw another history")
-        for name, number, content in self.world.reads:
-            if content not in self.content(self.ids[name], number):
+        for id_, number, content in self.world.reads:
+            if content not in self.content(id_, number):
                 raise Violation(f"a reader got {_short(content)} for v{number}")
 
     def content(self, id_: str, number: int) -> list[Content]:
@@ -530,12 +558,12 @@ class Truth:
                 claims.append(action[1])
                 puts = [{path: data for path, data in put.items() if not _below(path, action[1])} for put in puts]
             else:
-                _, name, number, at = action
+                _, id_, number, at = action
                 claims.append(at)
                 puts = [
                     {**put, **{path: data for path, data in source.items() if _below(path, at)}}
                     for put in puts
-                    for source in self.content(self.ids[name], int(number))
+                    for source in self.content(id_, int(number))
                 ]
         for parent in parents:
             kept = {p: data for p, data in parent.items() if not any(_below(p, claim) for claim in claims)}

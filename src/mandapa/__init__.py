@@ -12,6 +12,7 @@ Example:
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,7 +38,12 @@ _HOMES = {
 
 
 def open(  # noqa: A001 - the name that callers expect
-    url: str | os.PathLike[str], *, create: bool = False, codec: Mode = "auto", **options: Any
+    url: str | os.PathLike[str],
+    *,
+    create: bool = False,
+    single_writer: bool = False,
+    codec: Mode = "auto",
+    **options: Any,
 ) -> Repository:
     """Open the repository at ``url``: ``s3://``, ``gs://``, ``az://``, ``memory://`` or a local path.
 
@@ -48,6 +54,8 @@ def open(  # noqa: A001 - the name that callers expect
     Args:
         url: Where it is.
         create: Make it when nothing is there; open it when it is there.
+        single_writer: With ``create``: promise, for good, that never two processes write at once. For stores that do
+            not keep create-if-absent.
         codec: ``auto``, ``raw`` or ``dense``: how new bytes are stored.
         options: Passed to the object store, as in `mandapa.object_store`.
 
@@ -62,7 +70,7 @@ def open(  # noqa: A001 - the name that callers expect
     from mandapa.repository.repository import Repository
 
     store = from_url(os.fspath(url), **options)
-    make = Repository.create if create else Repository
+    make = partial(Repository.create, single_writer=single_writer) if create else Repository
     return make(store, cache_dir=_cache_dir(), codec=codec, author=Author(_who()))
 
 

@@ -15,7 +15,6 @@ from mandapa.cli.text import clean, count
 from mandapa.errors import InvalidInputError, NotFoundError
 
 if TYPE_CHECKING:
-    from mandapa.repository.repository import Repository
     from mandapa.repository.transaction import Transaction
 
 __all__ = ["COMMANDS"]
@@ -39,7 +38,7 @@ def init(session: Session, url: str | None, single_writer: bool) -> None:
     try:
         repo = mandapa.open(url)
     except NotFoundError:
-        repo = _make(url, single_writer)
+        repo = mandapa.open(url, create=True, single_writer=single_writer)
         made = True
     single = repo.settings().get("writers") == "single"
     if single_writer and not single:
@@ -51,18 +50,6 @@ def init(session: Session, url: str | None, single_writer: bool) -> None:
         return f"{done} at {clean(repo.url)}{note}"
 
     session.emit({"url": repo.url, "id": repo.id, "made": made, "writers": "single" if single else "many"}, text)
-
-
-def _make(url: str, single_writer: bool) -> Repository:
-    import mandapa
-
-    if not single_writer:
-        return mandapa.open(url, create=True)
-    from mandapa.object_store import from_url
-    from mandapa.repository.repository import Repository
-
-    Repository.create(from_url(url), single_writer=True)
-    return mandapa.open(url)
 
 
 def _meta(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> dict[str, Any]:
@@ -197,7 +184,7 @@ def _tell(session: Session, txn: Transaction, artifact: str) -> None:
     if version is None:
         session.emit({"artifact": artifact, "made": False}, lambda: "nothing to add: no version was made")
         return
-    made = version.artifact.open_log().find(txn.id) is not None
+    made = txn.made
     changes = from_parent(version) if made else None
 
     def text() -> str:

@@ -36,7 +36,7 @@ class Located(NamedTuple):
 class NodeReader:
     """Reads manifest nodes, each verified, each fetched once.
 
-    One range request a node. ``on_leaf`` is called with every leaf and part that was read or written, to feed a local index.
+    One range request a node. ``on_leaf`` gets every leaf and part that was read or written, to feed a local index.
     """
 
     def __init__(

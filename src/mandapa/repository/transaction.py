@@ -101,7 +101,9 @@ class Transaction:
         self.version: Version | None = None
         """After the block: the version that was made, or the base when nothing changed. None when there is neither."""
         self.progress: Callable[[int], None] | None = None
-        """Set inside the block: called now and then, from any thread, with the bytes taken in so far."""
+        """Set inside the block: called, from any thread, with the bytes that were put since the last call."""
+        self.made = False
+        """After the block: whether ``version`` is this transaction's own, and not its base."""
         self._artifact = artifact
         self._repo = artifact.repository
         self._nodes = _Nodes(self._repo.reader, artifact.name)
@@ -319,9 +321,9 @@ class Transaction:
     def _put(self, path: str, located: Located) -> None:
         self._puts[path] = located
 
-    def _report(self, taken: int) -> None:
+    def _report(self, put: int) -> None:
         if self.progress is not None:
-            self.progress(taken)
+            self.progress(put)
 
     def _take_base(self, base: VersionState | None) -> None:
         self._base = base
@@ -442,7 +444,7 @@ class Transaction:
 
     def _finish(self, log: Log[ArtifactState], record: Record) -> None:
         """The record that holds this transaction is known: name the version it made."""
-        self._done = True
+        self._done = self.made = True
         op = record.find(VersionOp)
         if op is None:
             raise InvalidInputError(f"the transaction id {self.id} belongs to another command")

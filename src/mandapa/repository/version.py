@@ -347,7 +347,8 @@ class Version:
 
         Files that are there and equal stay; different ones are replaced; others are left alone, so an interrupted
         download goes on where it was. ``only``: a pattern, or several, over the whole path (`fnmatch`, case matters).
-        URLs are not fetched; the result lists them. ``os.fspath(result)`` is ``dest``.
+        URLs are not fetched; the result lists them. ``os.fspath(result)`` is ``dest``. ``progress`` is called, from any
+        thread, with the bytes that were written since the last call.
 
         Raises:
             NotFoundError: The version was deleted.

@@ -9,24 +9,20 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TypeAlias
 
-from mandapa.content.edit import edit_tree
-from mandapa.content.index import Index
-from mandapa.content.transfer import pieces_of, read_pieces
-from mandapa.content.tree import Tree
-from mandapa.content.upload import Upload
 from mandapa.errors import ConflictError, InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import CATALOG, MARKER
-from mandapa.format.records import FenceOp, Op, Record, RegisterOp, RepackOp, SettingsOp, VersionOp, encode_marker
+from mandapa.format.records import Record, RegisterOp, SettingsOp, VersionOp, encode_marker
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author, Log
 from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState, CatalogState, fold
-from mandapa.repository.transaction import Transaction, condemned_or_missing
-from mandapa.repository.version import Version, address_of, root_of
+from mandapa.repository.transaction import Transaction
+from mandapa.repository.version import Version
 from mandapa.testing.faults import Crash, FaultyObjectStore
 from prooflib.collector import collect
+from prooflib.repacking import GiveUpError, repack
 from prooflib.scheduler import ProcessStore, Scheduler
 
 Content: TypeAlias = dict[str, bytes]
@@ -89,7 +85,7 @@ class World:
         self.commands: dict[str, bool] = {}
         self.repositories: list[Repository] = []
         self.reads: list[tuple[str, int, Content]] = []
-        self.counts = {"kill": 0, "gc": 0, "conflict": 0, "repack": 0, "undelete": 0, "read": 0, "gone": 0}
+        self.counts = {"kill": 0, "gc": 0, "conflict": 0, "repack": 0, "undelete": 0, "read": 0, "gone": 0, "remove": 0}
         self._make()
 
     def _make(self) -> None:
@@ -152,14 +148,14 @@ class Actor:
         self.world.counts["kill"] += 1
         self._repo = None
 
-    def alive(self, work: Callable[[], object]) -> bool:
-        """Whether the process lived through ``work``."""
+    def work(self, task: Callable[[Actor], object]) -> None:
+        """Try a task; the process may be killed by it, or the store fail it."""
         try:
-            work()
+            task(self)
+        except StorageError:
+            return
         except Crash:
             self.died()
-            return False
-        return True
 
     def pause(self) -> None:
         """Let others go on for a while, or not."""
@@ -173,7 +169,7 @@ class Actor:
         artifact = self.artifact()
         try:
             return artifact.deleted() if deleted else artifact.versions()
-        except (NotFoundError, StorageError):
+        except NotFoundError:
             return []
 
     def signed(self) -> str:
@@ -190,19 +186,19 @@ def writer(me: Actor) -> None:
     """Makes versions, with the same transaction id again when it was killed, and moves, deletes and undeletes."""
     random, world = me.random, me.world
     world.busy += 1
-    me.alive(lambda: _look_around(me))
+    me.work(_look_around)
     for _ in range(random.randint(2, 4)):
         intent = _intent(me)
         world.intents.append(intent)
         for _ in range(4):
-            me.alive(lambda: _transact(me, intent))
+            me.work(lambda me, intent=intent: _transact(me, intent))
             if intent.over or random.random() < 0.1:
                 break  # or nobody takes it up again
             intent.unknown = True
         if random.random() < 0.3:
-            me.alive(lambda: _look_around(me))
+            me.work(_look_around)
         for _ in range(random.randint(0, 2)):
-            me.alive(lambda: _command(me))
+            me.work(_command)
     world.busy -= 1
 
 
@@ -211,8 +207,8 @@ def _look_around(me: Actor) -> None:
     for version in me.versions():
         try:
             list(version.rows())
-        except (NotFoundError, StorageError):
-            pass
+        except NotFoundError:
+            continue
 
 
 def _intent(me: Actor) -> Intent:
@@ -256,8 +252,6 @@ def _transact(me: Actor, intent: Intent) -> None:
         if "was removed" not in str(error):
             raise
         intent.refuse()
-    except StorageError:
-        pass
     else:
         assert txn.version is not None
         intent.over, intent.version = True, txn.version.number
@@ -310,7 +304,7 @@ def _command(me: Actor) -> None:
             world.counts["undelete"] += 1
         else:
             return
-    except (ConflictError, NotFoundError, InvalidInputError, StorageError):
+    except (ConflictError, NotFoundError, InvalidInputError):
         return
     world.commands[by] = True
 
@@ -319,21 +313,21 @@ def reader(me: Actor) -> None:
     """Reads whole versions: gets the bytes, or is told that the version was deleted; nothing else."""
     for _ in range(me.random.randint(3, 6)):
         me.pause()
-        versions: list[Version] = []
-        me.alive(lambda: versions.extend(me.versions()))  # noqa: B023
-        if versions:
-            me.alive(lambda: _read(me, me.random.choice(versions)))  # noqa: B023
+        me.work(_read)
 
 
-def _read(me: Actor, version: Version) -> None:
+def _read(me: Actor) -> None:
+    versions = me.versions()
+    if not versions:
+        return
+    me.pause()
+    version = me.random.choice(versions)
     content = {}
     try:
         for path in version.assets:
             me.pause()
             with version.open(path) as file:
                 content[path] = file.read()
-    except StorageError:
-        return
     except NotFoundError as error:
         if not re.search("was (deleted|removed)", str(error)):
             raise
@@ -347,93 +341,54 @@ def gc(me: Actor) -> None:
     """Collects as long as there are writers; is killed at times and never resumed."""
     for _ in range(12):
         me.world.scheduler.sleep(me.random.randint(0, 60))
-        me.alive(lambda: _collect(me))
+        me.work(_collect)
         if not me.world.busy:
             return
 
 
 def _collect(me: Actor) -> None:
-    try:
-        for step in collect(me.repo):
-            me.world.counts["gc"] += step == "done"
-    except StorageError:
-        return
+    for step in collect(me.repo):
+        me.world.counts["gc"] += step == "done"
 
 
 def repacker(me: Actor) -> None:
     """Stores versions otherwise."""
     for _ in range(6):
         me.pause()
-        me.alive(lambda: _repack(me))
+        me.work(_repack)
         if not me.world.busy:
             return
 
 
-class _GiveUpError(Exception):
-    pass
-
-
 def _repack(me: Actor) -> None:
-    """Some rows of a live version into new containers, the rest inherited. Source: docs/format.md, "Repack"."""
-    repo, random = me.repo, me.random
-    versions = me.versions()
+    random, versions = me.random, me.versions()
     if not versions:
         return
-    log = repo.log(random.choice(versions)._log.id)
-    state = log.refresh()
-    if not state.live():
+    log = me.repo.log(random.choice(versions)._log.id)
+    live = log.refresh().live()
+    if not live:
         return
-    since = len(log.records)
-    number = random.choice(state.live())
-    was = state.versions[number]
     me.signed()
     try:
-        with Upload(repo.store, index=Index(None), codec="raw", threads=0, new_id=repo.author.new_id) as upload:
-            rows = {}
-            for located in Tree(repo.reader, root_of(was.root)).rows():
-                if random.random() < 0.6:
-                    pieces = list(pieces_of(located, repo.reader.load))
-                    data = b"".join([bytes(d) for _, d in read_pieces(repo.store, pieces, path="", threads=0)])
-                    located = upload.add_bytes(located.row.path, data)
-                rows[located.row.path] = located
-            root = edit_tree(repo.reader, upload, None, rows)
-            upload.flush()
-            fresh = set(upload.fresh)
-        if root.digest.hex() != was.op.digest:
-            raise Violation(f"repacked v{number} has another digest")
-        me.pause()
-        fenced = False
-
-        def notice(record: Record) -> None:
-            nonlocal fenced
-            fenced = fenced or record.find(FenceOp) is not None
-
-        def build(state: ArtifactState) -> list[Op]:
-            nonlocal fenced
-            if not state.is_live(number, was.root):
-                raise _GiveUpError
-            if fenced and condemned_or_missing(repo.store, fresh, threads=0):
-                raise _GiveUpError
-            fenced = False
-            return [RepackOp(number, was.root, address_of(root.address))]
-
-        log.append(repo.author.new_id().hex(), build, repo.author, since=since, on_record=notice)
-        me.world.counts["repack"] += 1
-    except (ConflictError, NotFoundError, StorageError, _GiveUpError):
+        repack(me.repo, log, random.choice(live), moves=lambda _: random.random() < 0.6, pause=me.pause)
+    except (NotFoundError, GiveUpError):
         return
+    me.world.counts["repack"] += 1
 
 
 def remover(me: Actor) -> None:
     """Removes an artifact; who comes later makes a new one of that name."""
     me.world.scheduler.sleep(me.random.randint(0, 400))
 
-    def remove() -> None:
-        try:
-            me.artifact().remove()
-        except (NotFoundError, StorageError):
-            return
+    me.work(_remove)
 
-    me.alive(remove)
+
+def _remove(me: Actor) -> None:
+    try:
+        me.artifact().remove()
+    except NotFoundError:
+        return
+    me.world.counts["remove"] += 1
 
 
 # -- what must be true in the end -------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@
     ├── CorruptionError                      stored bytes are not what was written: run ``mandapa fsck``
     ├── FormatVersionError                   written by a newer mandapa, or with a feature this one lacks: upgrade
     ├── StorageError(OSError)                the store failed; ``.retryable`` says whether trying again may help
-    │   └── AccessDeniedError                the store refused: fix credentials or permissions
+    │   ├── AccessDeniedError                the store refused: fix credentials or permissions
+    │   └── StoreNotFoundError               the bucket or container itself is not there: make it, or fix its name
     ├── ClosedError                          the object was closed, or belongs to the process that forked this one
     └── SecurityError                        bytes from outside ask for something unsafe: nothing was done
 """
@@ -29,6 +30,7 @@ __all__ = [
     "NotFoundError",
     "SecurityError",
     "StorageError",
+    "StoreNotFoundError",
 ]
 
 
@@ -78,6 +80,16 @@ class StorageError(MandapaError, OSError):
 
 class AccessDeniedError(StorageError):
     """The store refused the credentials, or they lack a permission that the message names."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, retryable=False)
+
+
+class StoreNotFoundError(StorageError):
+    """The bucket or container that holds everything is not there; make it, or check its name, region and endpoint.
+
+    Not a `NotFoundError`: that says of one key that it is absent, and whoever commits acts on it.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(message, retryable=False)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from mandapa.errors import AccessDeniedError, AlreadyExistsError, InvalidInputError, NotFoundError, StorageError
+from mandapa.errors import (
+    AccessDeniedError,
+    AlreadyExistsError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+    StoreNotFoundError,
+)
 from mandapa.object_store import AzureObjectStore, GCSObjectStore, ObjectStore, S3ObjectStore
 from mandapa.testing.server import Server
 from mandapa.testing.services import Service
@@ -81,8 +88,8 @@ def recorder() -> Iterator[tuple[str, list[dict[str, str]]]]:
 @pytest.mark.parametrize("verb", CALLS)
 @pytest.mark.parametrize("client", ["s3", "gcs"])
 def test_missing_bucket(server: Server, client: str, verb: str) -> None:
-    """Is not a missing key: a StorageError that names the bucket."""
-    with pytest.raises(StorageError, match="bucket does not exist") as caught:
+    """Is not a missing key: a StoreNotFoundError that names the bucket."""
+    with pytest.raises(StoreNotFoundError, match="bucket does not exist") as caught:
         CALLS[verb](getattr(server, client)("missing-bucket"))
     assert not caught.value.retryable
     assert "missing-bucket" in str(caught.value)
@@ -92,7 +99,7 @@ def test_missing_bucket(server: Server, client: str, verb: str) -> None:
 @pytest.mark.parametrize("verb", CALLS)
 def test_missing_bucket_on_moto(moto_service: Service, verb: str) -> None:
     store = S3ObjectStore("nobody", endpoint_url=moto_service.url, access_key_id="a", secret_access_key=SECRET)
-    with pytest.raises(StorageError, match="bucket does not exist"):
+    with pytest.raises(StoreNotFoundError, match="bucket does not exist"):
         CALLS[verb](store)
 
 
@@ -103,7 +110,7 @@ def test_missing_container_on_azurite(azurite_service: Service, verb: str) -> No
     store = AzureObjectStore(
         "nobody", account_name="devstoreaccount1", account_key=key, endpoint_url=azurite_service.url
     )
-    with pytest.raises(StorageError, match="container does not exist"):
+    with pytest.raises(StoreNotFoundError, match="container does not exist"):
         CALLS[verb](store)
 
 

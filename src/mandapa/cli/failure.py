@@ -18,6 +18,7 @@ from mandapa.errors import (
     MandapaError,
     NotFoundError,
     SecurityError,
+    StoreNotFoundError,
 )
 
 __all__ = ["exit_code", "report"]
@@ -27,6 +28,7 @@ _CODES: tuple[tuple[type[BaseException], int], ...] = (
     (InvalidInputError, 2),
     (SecurityError, 2),
     (NotFoundError, 3),
+    (StoreNotFoundError, 3),
     (ConflictError, 4),
     (AlreadyExistsError, 4),
     (CorruptionError, 5),

@@ -16,6 +16,7 @@ from mandapa.errors import (
     MandapaError,
     NotFoundError,
     StorageError,
+    StoreNotFoundError,
 )
 
 __all__ = ["translate"]
@@ -72,7 +73,9 @@ def translate(
     what = f"cannot {doing} {key!r} in {url}"
 
     if code in _NO_PLACE or _NO_PLACE_TEXT in text:
-        return StorageError(f"{what}: the {place} does not exist; create it, or check its name, region and endpoint")
+        return StoreNotFoundError(
+            f"{what}: the {place} does not exist; create it, or check its name, region and endpoint"
+        )
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"{url}/{key} is not there")
     if code in _BAD_CREDENTIALS:

@@ -65,7 +65,7 @@ def _store_again(repo: Repository, was: VersionState, moves: Callable[[str], boo
             if moves(path):
                 pieces = list(pieces_of(located, repo.reader.load))
                 data = b"".join([bytes(piece) for _, piece in read_pieces(repo.store, pieces, path=path, threads=0)])
-                located = upload.add_bytes(path, data)  # noqa: PLW2901
+                located = upload.add_bytes(path, data)
             rows[path] = located
         root = edit_tree(repo.reader, upload, None, rows)
         upload.flush()

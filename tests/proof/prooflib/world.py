@@ -125,8 +125,8 @@ class Actor:
     @property
     def repo(self) -> Repository:
         """Of the running process."""
+        world = self.world
         while self._repo is None:
-            world = self.world
             store = ProcessStore(world.store, world.scheduler, Random(self.random.random()), killed=world.killed)
             author = Author(
                 self.name,

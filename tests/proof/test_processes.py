@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def check(repo, made):
         assert numbers == sorted(numbers)
 
     assert list(versions[0].assets) == [versions[0].message]
-    for before, after in zip(versions, versions[1:], strict=False):
+    for before, after in itertools.pairwise(versions):
         diff = before.diff(after)
         assert [asset.path for asset in diff.added] == [after.message]
         assert not diff.removed

@@ -6,27 +6,29 @@ end with a broken promise - else the story proves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 from prooflib.collector import collect, collect_all
 from prooflib.hooks import HookedObjectStore
 from prooflib.repacking import repack
 
-from mandapa.errors import AlreadyExistsError, ConflictError, NotFoundError, StorageError
+from mandapa.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError, StorageError
 from mandapa.format.records import decode_record, encode_record
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository import artifact, transaction
-from mandapa.repository.artifact import Artifact
 from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author, Log
 from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState
 from mandapa.repository.transaction import Transaction
+from mandapa.repository.version import Version
 from mandapa.testing.faults import Crash
 
 TXN = "ab" * 16
@@ -60,8 +62,9 @@ class Stage:
         return Repository(self.store, threads=0, author=self.author("writer"))
 
     def has(self, name: str, **content: bytes) -> None:
-        """Others make a version that holds exactly this."""
-        with self.others.artifact(name).transaction("by others", base=None) as txn:
+        """Another process, that knows nothing of what is stored, makes a version that holds exactly this."""
+        repo = Repository(self.memory, threads=0, author=self.author("another"))
+        with repo.artifact(name).transaction("by others", base=None) as txn:
             for path, data in content.items():
                 txn.add_bytes(path, data)
 
@@ -77,8 +80,14 @@ class Stage:
     def gc_until(self, step: str) -> Callable[[], None]:
         """A gc that pauses after a step; gives what makes it go on to its end."""
         steps = collect(self.others)
-        assert step in steps
-        return lambda: [*steps].clear()
+        while (done := next(steps)) != step:
+            assert done != "nothing to do"
+
+        def go_on() -> None:
+            for _ in steps:
+                pass
+
+        return go_on
 
     def check(self) -> None:
         """The repository is whole, and what the writer was told is true."""
@@ -95,8 +104,16 @@ class Stage:
             if made is None:
                 raise BrokenPromise("an acknowledged version is not there")
             version = repo.artifact(name).version(made.ops[0].number)
-            if {path: version.open(path).read() for path in version.assets} != content:
+            if _content(version) != content:
                 raise BrokenPromise("a version holds something else than was meant")
+
+
+def _content(version: Version) -> dict[str, bytes]:
+    found = {}
+    for path in version.assets:
+        with version.open(path) as file:
+            found[path] = file.read()
+    return found
 
 
 @dataclass
@@ -111,16 +128,429 @@ class Rule:
 RULES: list[Rule] = []
 
 
-def needed_by(story: Callable[[Stage], None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Mark a function that switches off a rule that ``story`` needs."""
+def rule(story: Callable[[Stage], None]) -> Callable[[Callable[[pytest.MonkeyPatch], None]], None]:
+    """Mark a function that switches a rule off, which ``story`` needs."""
 
-    def note(switch_off: Callable[..., None]) -> Callable[..., None]:
+    def note(switch_off: Callable[[pytest.MonkeyPatch], None]) -> None:
         RULES.append(Rule(switch_off.__name__, story, switch_off))
-        return switch_off
 
     return note
 
 
-@pytest.mark.parametrize("rule", RULES_LATER := RULES, ids=lambda rule: rule.name)
-def test_with_the_rule_the_story_ends_well(rule: Rule) -> None:
-    """Placeholder."""
+def lost() -> StorageError:
+    return StorageError("the request or its reply was lost", retryable=True)
+
+
+# -- what a new version names must be there, and stay -----------------------------------------------------------------
+
+
+def the_base_is_deleted_and_swept(stage: Stage) -> None:
+    """The bytes were taken over from the base, which is deleted, and swept, before our record."""
+    stage.has("a", keep=KEPT)
+    stage.has("a", keep=KEPT, old=OLD)
+
+    def meanwhile(_: object) -> None:
+        stage.others.artifact("a").delete(1)
+        stage.gc()
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+@rule(the_base_is_deleted_and_swept)
+def inherit_nocheck(patch: pytest.MonkeyPatch) -> None:
+    """What was inherited is looked at again when its version is not live any more."""
+    patch.setattr(Transaction, "_bases_stand", lambda *_: True)
+
+
+def the_base_is_moved_and_swept(stage: Stage) -> None:
+    """The bytes were taken over from the base, which is repacked, and its old containers swept."""
+    stage.has("a", keep=KEPT, old=OLD)
+
+    def meanwhile(_: object) -> None:
+        repack(stage.others, stage.others.artifact("a").open_log(), 0)
+        stage.gc()
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    stage.commit(stage.process(), keep=KEPT, old=OLD)
+
+
+@rule(the_base_is_moved_and_swept)
+def inherit_oldroot(patch: pytest.MonkeyPatch) -> None:
+    """A version that is live, but elsewhere, lends nothing."""
+    patch.setattr(ArtifactState, "is_live", lambda self, n, _: n in self.versions and self.versions[n].deleted is None)
+
+
+def a_hit_is_gone(stage: Stage) -> None:
+    """This machine remembers a chunk of a version that was deleted and swept long ago."""
+    repo = _remembers_a_deleted_version(stage)
+    stage.gc()
+    stage.commit(repo, keep=KEPT)
+
+
+def _remembers_a_deleted_version(stage: Stage) -> Repository:
+    stage.has("a", old=OLD)
+    repo = stage.process()
+    assert len(list(repo["a:v0"].rows())) == 1
+    stage.has("a", keep=KEPT)
+    stage.others.artifact("a").delete(0)
+    return repo
+
+
+@rule(a_hit_is_gone)
+def nohead(patch: pytest.MonkeyPatch) -> None:
+    """What was found by the index is looked for."""
+    patch.setattr(transaction, "missing", lambda *_, **__: set())
+
+
+def gc_passes_before_the_record(stage: Stage) -> None:
+    """A whole gc takes what we have put, before our record names it."""
+    stage.has("a", keep=KEPT)
+    stage.store.hook("before", "create", "log/", lambda _: stage.gc())
+    stage.commit(stage.process(), keep=KEPT)
+
+
+@rule(gc_passes_before_the_record)
+def nohead_own(patch: pytest.MonkeyPatch) -> None:
+    """After a fence our own new containers are looked for, too."""
+    doubtful = Transaction._doubtful
+    patch.setattr(Transaction, "_doubtful", lambda self, state: doubtful(self, state) - self._upload.fresh)
+
+
+@rule(gc_passes_before_the_record)
+def nofence(patch: pytest.MonkeyPatch) -> None:
+    """A fence that comes in between makes us look again."""
+    patch.setattr(Transaction, "_notice", lambda *_: None)
+
+
+def gc_fences_while_the_log_is_read(stage: Stage) -> None:
+    """The fence is before the tail that we read, so the list was there before; its gc deletes after our record."""
+    repo = _remembers_a_deleted_version(stage)
+    stage.store.hook("before", "get", "log/", lambda _: stage.epilogue.append(stage.gc_until("marked")))
+    stage.commit(repo, keep=KEPT)
+
+
+@rule(gc_fences_while_the_log_is_read)
+def nolist(patch: pytest.MonkeyPatch) -> None:
+    """The lists of gcs are read."""
+    patch.setattr(transaction, "condemned", lambda _: set())
+
+
+@rule(gc_fences_while_the_log_is_read)
+def lists_before_the_tail(patch: pytest.MonkeyPatch) -> None:
+    """The lists are read after the log."""
+    condemned, enter = transaction.condemned, Transaction.__enter__
+    read: list[set[str]] = []
+
+    def read_first(self: Transaction) -> Transaction:
+        read[:] = [condemned(self._repo.store)]
+        return enter(self)
+
+    patch.setattr(Transaction, "__enter__", read_first)
+    patch.setattr(transaction, "condemned", lambda _: read[0])
+
+
+def gc_ends_while_hits_are_checked(stage: Stage) -> None:
+    """The list of a gc is gone just before we read the lists, and its objects with it."""
+    repo = _remembers_a_deleted_version(stage)
+    finish = stage.gc_until("marked")
+    stage.store.hook("before", "list", "gc/", lambda _: finish())
+    stage.commit(repo, keep=KEPT)
+
+
+@rule(gc_ends_while_hits_are_checked)
+def head_before_lists(patch: pytest.MonkeyPatch) -> None:
+    """In no list first, THEN found."""
+    condemned, missing = transaction.condemned, transaction.missing
+
+    def the_other_way_round(store: object, containers: object, *, threads: int) -> set[bytes]:
+        gone = missing(store, sorted(containers), threads=threads)
+        listed = condemned(store)
+        return gone | {c for c in containers if transaction.container_key(c) in listed}
+
+    patch.setattr(transaction, "condemned_or_missing", the_other_way_round)
+
+
+def what_is_found_instead_is_condemned(stage: Stage) -> None:
+    """Copied bytes are swept; the index knows them elsewhere, where another gc is about to delete them."""
+    for name in ("a", "b"):
+        stage.has(name, old=OLD)
+    stage.has("c", keep=KEPT)
+    repo = stage.process()
+    for name in ("a", "b"):
+        assert len(list(repo[f"{name}:v0"].rows())) == 1
+        repo.index.flush()
+
+    def meanwhile(_: object) -> None:
+        stage.others.artifact("a").delete(0)
+        stage.gc()
+        stage.others.artifact("b").delete(0)
+        stage.epilogue.append(stage.gc_until("marked"))
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    with repo.artifact("c").transaction(txn_id=TXN) as txn:
+        txn.copy("a:v0", "old", at="new")
+    stage.told.append(("c", TXN, {"keep": KEPT, "new": OLD}))
+
+
+@rule(what_is_found_instead_is_condemned)
+def secure_once(patch: pytest.MonkeyPatch) -> None:
+    """What is named instead of something bad is looked at, too."""
+
+    def once(self: Transaction, doubtful: set[bytes]) -> bool:
+        bad = self._bad(doubtful)
+        self._restore(bad)
+        return bool(bad)
+
+    patch.setattr(Transaction, "_secure", once)
+
+
+def gc_fences_before_the_artifact_is_known(stage: Stage) -> None:
+    """A gc lists what the first commit of an artifact has put, and fences every log that it knows of."""
+    stage.store.hook("after", "put", "meta/", lambda _: stage.epilogue.append(stage.gc_until("fenced")))
+    stage.commit(stage.process())
+
+
+@rule(gc_fences_before_the_artifact_is_known)
+def register_late(patch: pytest.MonkeyPatch) -> None:
+    """An artifact is registered before anything of it is put."""
+    register, build = Transaction._register, Transaction._build
+
+    def build_then_register(self: Transaction, edits: object) -> None:
+        build(self, edits)
+        register(self)
+
+    patch.setattr(Transaction, "_register", lambda _: None)
+    patch.setattr(Transaction, "_build", build_then_register)
+
+
+# -- undelete ---------------------------------------------------------------------------------------------------------
+
+
+def undelete_before_the_sweep(stage: Stage) -> None:
+    """A gc has marked for the last time, and is about to delete what the version needs."""
+    stage.has("a", old=OLD)
+    stage.has("a", keep=KEPT)
+    stage.others.artifact("a").delete(0)
+    stage.epilogue.append(stage.gc_until("marked"))
+    _undelete(stage)
+
+
+def undelete_while_gc_passes(stage: Stage) -> None:
+    """A whole gc passes between the look at the bytes and the record."""
+    stage.has("a", old=OLD)
+    stage.has("a", keep=KEPT)
+    stage.others.artifact("a").delete(0)
+    stage.store.hook("before", "create", "log/", lambda _: stage.gc())
+    _undelete(stage)
+
+
+def _undelete(stage: Stage) -> None:
+    with suppress(NotFoundError):
+        stage.process().artifact("a").undelete(0)
+
+
+@rule(undelete_before_the_sweep)
+def undelete_headonly(patch: pytest.MonkeyPatch) -> None:
+    """What is brought back is in no list."""
+    patch.setattr(transaction, "condemned", lambda _: set())
+
+
+@rule(undelete_while_gc_passes)
+def undelete_nofence(patch: pytest.MonkeyPatch) -> None:
+    """A fence makes an undelete look again."""
+    patch.setattr(artifact._Revival, "notice", lambda *_: None)
+
+
+# -- preconditions ----------------------------------------------------------------------------------------------------
+
+
+def the_version_gets_an_alias(stage: Stage) -> None:
+    """Another names the version that we are about to delete."""
+    stage.has("a", old=OLD)
+    stage.has("a", keep=KEPT)
+    stage.store.hook("before", "create", "log/", lambda _: stage.others.artifact("a").alias("best", 0))
+    with pytest.raises((ConflictError, CorruptionError)):
+        stage.process().artifact("a").delete(0)
+
+
+def the_version_is_deleted(stage: Stage) -> None:
+    """Another deletes the version that we are about to name."""
+    stage.has("a", old=OLD)
+    stage.has("a", keep=KEPT)
+    stage.store.hook("before", "create", "log/", lambda _: stage.others.artifact("a").delete(0))
+    with pytest.raises((NotFoundError, CorruptionError)):
+        stage.process().artifact("a").alias("best", 0)
+
+
+def _decide_once(patch: pytest.MonkeyPatch) -> None:
+    decide = Log._decide
+    decided: dict[object, object] = {}
+
+    def once(self: Log[ArtifactState], build: Callable[..., object]) -> object:
+        if build not in decided:
+            decided[build] = decide(self, build)
+        return decided[build]
+
+    patch.setattr(Log, "_decide", once)
+
+
+@rule(the_version_gets_an_alias)
+def noprecond_delete(patch: pytest.MonkeyPatch) -> None:
+    """Our own preconditions hold at the slot that we get, not only at the one that we lost."""
+    _decide_once(patch)
+
+
+@rule(the_version_is_deleted)
+def noprecond_alias(patch: pytest.MonkeyPatch) -> None:
+    """The same of an alias."""
+    _decide_once(patch)
+
+
+# -- one slot after the other, once -----------------------------------------------------------------------------------
+
+
+def the_writer_dies_after_its_record(stage: Stage) -> None:
+    """It is started again with the same transaction id, when another version has come after its own."""
+    stage.has("a", keep=KEPT)
+
+    def die(_: object) -> None:
+        raise Crash
+
+    stage.store.hook("after", "create", "log/", die)
+    with pytest.raises(Crash):
+        stage.commit(stage.process(), keep=KEPT)
+    stage.has("a", more=KEPT)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+@rule(the_writer_dies_after_its_record)
+def restart_noscan(patch: pytest.MonkeyPatch) -> None:
+    """Who takes a transaction up again looks for it first."""
+    patch.setattr(Log, "find", lambda *_: None)
+
+
+def the_create_comes_late(stage: Stage) -> None:
+    """Nobody knows what became of the create; it lands when all seems over."""
+    stage.has("a", keep=KEPT)
+
+    def late(call: Callable[[], object]) -> None:
+        stage.epilogue.append(lambda: _refused(call))
+        raise lost()
+
+    stage.store.hook("instead", "create", "log/", late)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+def _refused(call: Callable[[], object]) -> None:
+    with suppress(AlreadyExistsError):
+        call()
+
+
+def the_create_is_lost(stage: Stage) -> None:
+    """Nobody knows what became of the create; it never was done."""
+    stage.has("a", keep=KEPT)
+
+    def never(_: object) -> None:
+        raise lost()
+
+    stage.store.hook("instead", "create", "log/", never)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+def the_create_is_refused_for_nothing(stage: Stage) -> None:
+    """The store says that the slot is taken, though nothing is there."""
+    stage.has("a", keep=KEPT)
+
+    def conflict(_: object) -> None:
+        raise AlreadyExistsError("a spurious 409")
+
+    stage.store.hook("instead", "create", "log/", conflict)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+def the_create_arrives_twice(stage: Stage) -> None:
+    """The first of the two is done, the answer is that of the second: taken."""
+    stage.has("a", keep=KEPT)
+
+    def doubled(call: Callable[[], object]) -> None:
+        call()
+        call()
+
+    stage.store.hook("instead", "create", "log/", doubled)
+    stage.commit(stage.process(), keep=KEPT)
+
+
+def _next_slot(self: Log[ArtifactState], data: bytes, seq: int) -> bytes:
+    """The same record, one slot further."""
+    record = replace(decode_record(data, key="", seq=seq), seq=seq + 1)
+    self._store.create(self._key(seq + 1), encode_record(record))
+    return data
+
+
+@rule(the_create_is_lost)
+def leave_the_slot_lost(patch: pytest.MonkeyPatch) -> None:
+    """After an unknown outcome the SAME slot is tried again: else the log has a gap."""
+    _leave_after(patch, StorageError)
+
+
+@rule(the_create_comes_late)
+def leave_the_slot_late(patch: pytest.MonkeyPatch) -> None:
+    """The same: else both records stand there in the end."""
+    _leave_after(patch, StorageError)
+
+
+@rule(the_create_is_refused_for_nothing)
+def trust_already_exists_spurious(patch: pytest.MonkeyPatch) -> None:
+    """AlreadyExists is read back: the slot may be empty."""
+    _leave_after(patch, AlreadyExistsError)
+
+
+@rule(the_create_arrives_twice)
+def trust_already_exists_doubled(patch: pytest.MonkeyPatch) -> None:
+    """AlreadyExists is read back: what stands there may be ours."""
+    _leave_after(patch, AlreadyExistsError)
+
+
+def _leave_after(patch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    def put(self: Log[ArtifactState], data: bytes, seq: int, author: Author) -> bytes:
+        try:
+            self._store.create(self._key(seq), data)
+        except kind:
+            return _next_slot(self, data, seq)
+        return data
+
+    patch.setattr(Log, "_put", put)
+
+
+@rule(the_create_is_lost)
+def no_readback(patch: pytest.MonkeyPatch) -> None:
+    """An unknown outcome is no acknowledgement."""
+
+    def put(self: Log[ArtifactState], data: bytes, seq: int, author: Author) -> bytes:
+        with suppress(StorageError):
+            self._store.create(self._key(seq), data)
+        return data
+
+    patch.setattr(Log, "_put", put)
+
+
+# -- and now ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_with_the_rule_the_story_ends_well(rule: Rule, tmp_path: Path) -> None:
+    """Acknowledged means there, whole, once; whatever the store and the others did."""
+    stage = Stage(tmp_path)
+    rule.story(stage)
+    stage.check()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_without_the_rule_a_promise_is_broken(rule: Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule is needed, and the story shows it."""
+    stage = Stage(tmp_path)
+    rule.switch_off(monkeypatch)
+    rule.story(stage)
+    with pytest.raises(BrokenPromise):
+        stage.check()

@@ -9,23 +9,27 @@ from mandapa.object_store.base import Buffer, ObjectInfo, ObjectStore
 
 _T = TypeVar("_T")
 
-When = Literal["before", "after"]
+When = Literal["before", "after", "instead"]
 
 
 class HookedObjectStore:
-    """The same store, with actions that each happen once, at the first call that fits; an action may raise."""
+    """The same store, with actions that each happen once, at the first call that fits; an action may raise.
+
+    Example:
+        store.hook("before", "create", "log/", lambda _: other_writer_commits())
+    """
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._hooks: list[tuple[When, str, str, Callable[[], object]]] = []
+        self._hooks: list[tuple[When, str, str, Callable[[Callable[[], object]], object]]] = []
         self.calls: list[str] = []
 
     @property
     def url(self) -> str:
         return self._store.url
 
-    def hook(self, when: When, verb: str, prefix: str, action: Callable[[], object]) -> None:
-        """Do ``action`` before or after the next call of ``verb`` on a key that starts with ``prefix``."""
+    def hook(self, when: When, verb: str, prefix: str, action: Callable[[Callable[[], object]], object]) -> None:
+        """Do ``action`` at the next call of ``verb`` on a key that starts with ``prefix``; it is given the call."""
         self._hooks.append((when, verb, prefix, action))
 
     @property
@@ -57,14 +61,14 @@ class HookedObjectStore:
 
     def _call(self, verb: str, key: str, call: Callable[[], _T]) -> _T:
         self.calls.append(f"{verb} {key}")
-        self._fire("before", verb, key)
-        result = call()
-        self._fire("after", verb, key)
-        return result
-
-    def _fire(self, when: When, verb: str, key: str) -> None:
-        for hook in self._hooks:
-            if hook[:2] == (when, verb) and key.startswith(hook[2]):
-                self._hooks.remove(hook)
-                hook[3]()
-                return
+        hook = next((hook for hook in self._hooks if hook[1] == verb and key.startswith(hook[2])), None)
+        if hook is None:
+            return call()
+        self._hooks.remove(hook)
+        when, _, _, action = hook
+        if when == "before":
+            action(call)
+        result = None if when == "instead" else call()
+        if when != "before":
+            action(call)
+        return result  # type: ignore[return-value]

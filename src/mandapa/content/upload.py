@@ -39,6 +39,7 @@ _READ = 2 << 20
 _GROWING_MIN = 1 << 20
 _GROUP = 2048  # files of which the rows are made together
 _SMALL_BYTES = 4 << 20  # of small files that are held until their chunks are looked up together
+_KEEP = 64 << 20  # of bytes that were given, not read from files, and may have to be stored again
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -98,6 +99,7 @@ class Upload:
         self._rows = RowMaker(self._packer, index, self._nodes)
         self._cutter = Cutter()
         self._sources: dict[str, str | bytes] = {}
+        self._kept = 0
 
     @property
     def table(self) -> list[bytes]:
@@ -202,9 +204,12 @@ class Upload:
             located = self._place_small([_Small(0, at, 0, content, digest(content))], [base])[0]
         else:
             located = self._take(source, at, 0, base)
-        if not self.fresh.issuperset([piece.container for piece in pieces_of(located, self._nodes.load)]):
-            # Found, not stored: if what was found turns out to be condemned, only these bytes are left.
+        found = not self.fresh.issuperset([piece.container for piece in pieces_of(located, self._nodes.load)])
+        if found or self._kept + source.size <= _KEEP:
+            # If the container turns out to be condemned, only these bytes are sure to be left. Those that were stored,
+            # not found, can be read back from it until a gc without any grace has passed: large ones rely on that.
             self._sources[at] = bytes(data)
+            self._kept += source.size
         return located
 
     def seed(self, node: Leaf | Part) -> None:

@@ -57,9 +57,9 @@ class Stage:
         noon = datetime(2027, 1, 1, tzinfo=UTC)
         return Author(by, random=Random(self.random.random()), clock=lambda: noon, sleep=lambda _: None)
 
-    def process(self) -> Repository:
+    def process(self, cache: Path | None = None) -> Repository:
         """A new process of the writer."""
-        return Repository(self.store, threads=0, author=self.author("writer"))
+        return Repository(self.store, cache_dir=cache, threads=0, author=self.author("writer"))
 
     def has(self, name: str, **content: bytes) -> None:
         """Another process, that knows nothing of what is stored, makes a version that holds exactly this."""
@@ -272,16 +272,18 @@ def head_before_lists(patch: pytest.MonkeyPatch) -> None:
 
 
 def what_is_found_instead_is_condemned(stage: Stage) -> None:
-    """Copied bytes are swept; the index knows them elsewhere, where another gc is about to delete them."""
+    """Copied bytes are swept; the index learns where they are, too, and there another gc is about to delete them."""
     for name in ("a", "b"):
         stage.has(name, old=OLD)
     stage.has("c", keep=KEPT)
-    repo = stage.process()
-    for name in ("a", "b"):
-        assert len(list(repo[f"{name}:v0"].rows())) == 1
-        repo.index.flush()
+    cache = stage.file.parent / "cache"
+    repo = stage.process(cache)
 
     def meanwhile(_: object) -> None:
+        repo.index.flush()
+        neighbour = stage.process(cache)
+        assert len(list(neighbour["b:v0"].rows())) == 1
+        neighbour.index.close()
         stage.others.artifact("a").delete(0)
         stage.gc()
         stage.others.artifact("b").delete(0)

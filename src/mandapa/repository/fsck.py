@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from mandapa.content.parallel import in_order
 from mandapa.content.transfer import pieces_of, read_pieces
 from mandapa.content.tree import Located, NodeReader, Tree, child_address
 from mandapa.digest import Hasher, digest
-from mandapa.errors import CorruptionError, FormatVersionError, MandapaError, NotFoundError
-from mandapa.format.keys import CATALOG, GC, container_key, head_key
+from mandapa.errors import CorruptionError, FormatVersionError, NotFoundError
+from mandapa.format.keys import CATALOG, GC, MARKER, container_key, head_key
 from mandapa.format.manifest import (
     Branch,
     ChildRow,
@@ -30,7 +31,7 @@ from mandapa.format.manifest import (
     node_digest,
 )
 from mandapa.format.pack import KIND_CHUNK, TRAILER_SIZE, read_pack_table
-from mandapa.format.records import decode_gc_list, decode_head
+from mandapa.format.records import decode_gc_list, decode_head, decode_marker
 from mandapa.object_store.base import ObjectStore
 from mandapa.repository.log import Log
 from mandapa.repository.repository import Repository
@@ -93,6 +94,14 @@ class _Summary(NamedTuple):
     level: int
 
 
+class _FlawError(CorruptionError):
+    """A manifest that cannot be what a version holds, by another invariant than I4."""
+
+    def __init__(self, invariant: str, message: str) -> None:
+        super().__init__(message)
+        self.invariant = invariant
+
+
 class _Check:
     def __init__(self, repository: Repository, progress: Callable[[str, int], None] | None) -> None:
         self.report = FsckReport()
@@ -106,10 +115,11 @@ class _Check:
         self._users: defaultdict[bytes, set[str]] = defaultdict(set)
         self._ordered: set[NodeAddress] = set()
         self._ranges: defaultdict[bytes, set[tuple[int, int, int, bytes]]] = defaultdict(set)
-        self._files: dict[bytes, Located] = {}
+        self._files: dict[tuple[bytes, int], Located] = {}
         self._sizes: dict[str, int] = {}
 
     def run(self, deep: bool) -> None:
+        self._marker()
         catalog = Log(self._store, CATALOG, CatalogState, threads=self._repo.threads, heads=False)
         self._read(catalog, "I2", "catalog")
         known = {id_: name for name, id_ in catalog.state.names.items()} | catalog.state.removed
@@ -129,12 +139,21 @@ class _Check:
         self._lists()
         if deep:
             self._deep()
+            self._contents(live)
+
+    def _marker(self) -> None:
+        try:
+            decode_marker(self._store.get(MARKER), key=MARKER)
+        except (NotFoundError, CorruptionError, FormatVersionError) as error:
+            self._found("I1", MARKER, error)
 
     def _strangers(self, known: set[str]) -> None:
         """No log is of an artifact that was never registered."""
         logs = {info.key.split("/")[1] for info in self._store.list("log/")} - known
         if logs:  # registered since the catalog was read, perhaps
-            catalog = self._repo.catalog.refresh()
+            with suppress(CorruptionError, FormatVersionError):  # found by I2
+                self._repo.catalog.refresh()
+            catalog = self._repo.catalog.state
             logs -= {*catalog.names.values(), *catalog.removed}
         for log in sorted(logs):
             self._found("I3", f"log/{log}", "is the log of no artifact that was ever registered")
@@ -178,6 +197,9 @@ class _Check:
             if self._still_wanted(log, version):
                 self._hurt("I4", where, error)
             return
+        except _FlawError as error:
+            self._hurt(error.invariant, where, error)
+            return
         except (CorruptionError, FormatVersionError) as error:
             self._hurt("I4", where, error)
             return
@@ -219,7 +241,9 @@ class _Check:
     @staticmethod
     def _still_wanted(log: Log[ArtifactState], version: VersionState) -> bool:
         """Whether, after another look, the log still says that the version is live and stored there."""
-        state = log.refresh()
+        with suppress(CorruptionError, FormatVersionError):  # found by I3
+            log.refresh()
+        state = log.state
         return not state.closed and state.is_live(version.op.number, version.root)
 
     # -- manifests ----------------------------------------------------------------------------------------------------
@@ -262,11 +286,12 @@ class _Check:
 
     def _child(self, branch: Branch, row: ChildRow, key: str, reached: set[bytes], *, last: bool) -> None:
         address = child_address(row, branch.containers)
-        if self._node(address, last=last) != _Summary(row.digest, row.assets, row.size, branch.level - 1):
-            raise CorruptionError(f"{key}: the node at {row.path!r} does not hold what its parent says", key=key)
+        below = self._node(address, last=last)
         node = self._reader.load(address)
-        if isinstance(node, Part) or node.rows[0].path != row.path:
-            raise CorruptionError(f"{key}: the node at {row.path!r} starts elsewhere", key=key)
+        if isinstance(node, Part) or below.level != branch.level - 1 or [r.path for r in node.rows[:1]] != [row.path]:
+            raise _FlawError("I5", f"{key}: the node at {row.path!r} starts elsewhere, or is of another level")
+        if (below.digest, below.assets, below.size) != (row.digest, row.assets, row.size):
+            raise _FlawError("I6", f"{key}: the node at {row.path!r} does not hold what its parent says")
         reached |= self._reached[address]
 
     def _row(self, located: Located, reached: set[bytes]) -> set[int]:
@@ -274,8 +299,9 @@ class _Check:
         row, table = located
         if isinstance(row, UrlRow):
             return set()
-        self._files.setdefault(row.digest, located)
-        for piece in pieces_of(located, self._reader.load):
+        pieces = self._pieces(located)
+        self._files.setdefault(_content(row, pieces), located)
+        for piece in pieces:
             self._chunk(piece, row.path)
             reached.add(piece.container)
             if piece.base is not None:
@@ -292,6 +318,15 @@ class _Check:
             return {part.container for part in row.parts}
         return {number for chunk in row.chunks for number in (chunk.container, *((chunk.base or ())[:1]))}
 
+    def _pieces(self, located: Located) -> list[Piece]:
+        row, table = located
+        if isinstance(row, LargeFileRow):
+            for address in row.parts:
+                part = self._reader.load(child_address(address, table))
+                if not isinstance(part, Part) or sum([chunk.raw for chunk in part.rows]) != address.raw:
+                    raise _FlawError("I5", f"a part of {row.path!r} does not hold the bytes that its row says")
+        return list(pieces_of(located, self._reader.load))
+
     def _part(self, part: Node, path: str) -> None:
         if isinstance(part, Part):
             needed = {number for chunk in part.rows for number in (chunk.container, *((chunk.base or ())[:1]))}
@@ -302,7 +337,7 @@ class _Check:
         self._extend(piece.container, piece.offset + piece.stored)
         self._ranges[piece.container].add((piece.offset, piece.stored, piece.codec, piece.hash))
         if piece.codec not in CODECS:
-            raise FormatVersionError(f"{path!r} uses the codec {piece.codec}, which this mandapa does not have")
+            raise _FlawError("I6", f"{path!r} uses the codec {piece.codec}, which this mandapa does not have")
 
     def _extend(self, container: bytes, end: int) -> None:
         if end > self._extent.get(container, 0):
@@ -338,11 +373,11 @@ class _Check:
                     self._found("I10", info.key, "holds the list of another epoch")
             except NotFoundError:
                 continue
-            except CorruptionError as error:
+            except (CorruptionError, FormatVersionError) as error:
                 self._found("I10", info.key, error)
 
     def _deep(self) -> None:
-        """Every chunk of every container decodes to its hash; every asset's chunks make its digest."""
+        """Every container verifies, and every chunk in it decodes to its hash."""
         named = {container_key(container): container for container in self._extent}
 
         def container(key: str) -> list[str]:
@@ -362,7 +397,11 @@ class _Check:
                 if not users:
                     self._found("I8", key, problem)
             self._count("bytes read", self._sizes[key])
-        for expected, located in self._files.items():
+
+    def _contents(self, live: list[tuple[str, Log[ArtifactState], VersionState]]) -> None:
+        """Every file's chunks make its digest; each way to make a file is read once, however many versions have it."""
+        problems: dict[tuple[bytes, int], str] = {}
+        for content, located in self._files.items():
             row = located.row
             assert isinstance(row, FileRow | LargeFileRow)
             try:
@@ -370,10 +409,29 @@ class _Check:
                 pieces = pieces_of(located, self._reader.load)
                 for _, data in read_pieces(self._store, pieces, path=row.path, threads=self._repo.threads):
                     hasher.update(data)
-                if hasher.digest() != expected:
-                    self._found("I8", row.path, "the chunks are whole, but do not make the asset's digest")
-            except MandapaError as error:
-                self._found("I8", row.path, error)
+                if hasher.digest() != row.digest:
+                    problems[content] = "the chunks are whole, but do not make the asset's digest"
+            except (NotFoundError, CorruptionError, FormatVersionError) as error:
+                problems[content] = str(error)
+        for name, log, version in live if problems else ():
+            where = f"{name}:v{version.op.number}"
+            if where not in self.report.hurt and self._still_wanted(log, version):
+                self._blame(where, version, problems)
+
+    def _blame(self, where: str, version: VersionState, problems: dict[tuple[bytes, int], str]) -> None:
+        """Name a version by the files of which something is wrong."""
+        for located in Tree(self._reader, root_of(version.root)).rows():
+            row = located.row
+            if isinstance(row, UrlRow):
+                continue
+            problem = problems.get(_content(row, self._pieces(located)))
+            if problem is not None:
+                self._hurt("I8", where, f"{row.path}: {problem}")
+
+
+def _content(row: FileRow | LargeFileRow, pieces: list[Piece]) -> tuple[bytes, int]:
+    """Equal for files of one digest made of the same chunks."""
+    return row.digest, hash(tuple(pieces))
 
 
 def _broken(data: memoryview, key: str, named: set[tuple[int, int, int, bytes]]) -> Iterator[str]:

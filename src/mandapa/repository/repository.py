@@ -19,7 +19,7 @@ from mandapa.errors import (
     NotFoundError,
     StorageError,
 )
-from mandapa.format.keys import CATALOG, MARKER, log_key
+from mandapa.format.keys import CATALOG, MARKER, head_key, log_key
 from mandapa.format.records import Op, RegisterOp, SettingsOp, decode_marker, encode_marker
 from mandapa.format.strict import check_name
 from mandapa.object_store.base import ObjectStore
@@ -107,7 +107,7 @@ class Repository:
     def _make(store: ObjectStore, patient: ObjectStore, author: Author, single_writer: bool) -> None:
         """Settings first, marker last: what is half made is no repository, and can be made again."""
         marker = encode_marker(author.new_id().hex())
-        leftovers = ("probe/", log_key(CATALOG, 0))
+        leftovers = ("probe/", log_key(CATALOG, 0), head_key(CATALOG))
         stranger = next((info.key for info in patient.list("") if not info.key.startswith(leftovers)), None)
         if stranger is None and isinstance(store, LocalObjectStore):
             stranger = store.foreign()

@@ -85,7 +85,7 @@ def make():
         message="first",
         metadata={"step": 3, "val/loss": 1.98, "lr": "NaN"},
     )
-    lines, prev = [], ""
+    lines, prev = [], ARTIFACT
     for seq, ops in enumerate(
         [
             (version, r.AliasOp("best", 0)),
@@ -99,7 +99,7 @@ def make():
         prev = r.decode_record(lines[-1], key="k", seq=seq).seal
         out[f"log {seq}"] = lines[-1]
     out["head"] = r.encode_head(lines)
-    prev = ""
+    prev = "catalog"
     for seq, ops in enumerate(
         [
             (r.RegisterOp("resnet-7", ARTIFACT),),

@@ -47,7 +47,8 @@ def test_the_document_shows_every_example_as_the_code_makes_it():
 def test_records_form_chained_logs():
     """The examples' records are two logs without gaps, each naming the seal of the one before."""
     for log, count in (("log", 3), ("catalog", 2)):
-        prev = ""
+        prev = "catalog" if log == "catalog" else records.decode_record(example("log 0"), key="k", seq=0).prev
+        assert log == "catalog" or f'"artifact":"{prev}"' in example("catalog 0").decode()
         for seq in range(count):
             data = example(f"{log} {seq}")
             record = records.decode_record(data, key=log_key("catalog", seq), seq=seq)

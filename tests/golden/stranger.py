@@ -30,7 +30,7 @@ def sealed(data: bytes) -> dict[str, Any]:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """The records of a log, in order, chained."""
-    found, prev = [], ""
+    found, prev = [], folder.name
     for seq, path in enumerate(sorted(folder.iterdir())):
         assert path.name == f"{seq:016}", "a gap in the log"
         record = sealed(path.read_bytes())

@@ -25,12 +25,15 @@ worker = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(worker)
 
 
-def race(place):
-    """Run all processes from one starting shot; gives the versions that each of them says it has made."""
-    orders = [json.dumps({"place": place, "process": number, "commits": COMMITS}) for number in range(PROCESSES)]
+def race(place, commits=COMMITS, *, together=False):
+    """Run all processes from one starting shot; gives the versions that each of them says it has made.
+
+    ``together``: each commit is one race of all processes, which have the same base.
+    """
+    orders = [{"place": place, "process": n, "commits": commits, "together": together} for n in range(PROCESSES)]
     running = [
         subprocess.Popen(
-            [sys.executable, "-W", "error", WORKER, order],
+            [sys.executable, "-W", "error", WORKER, json.dumps(order)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -38,12 +41,17 @@ def race(place):
         )
         for order in orders
     ]
+    made = [[] for _ in running]
     try:
-        for process in running:
-            assert process.stdout.readline() == "ready\n", process.stderr.read()
-        for process in running:
-            process.stdin.write("go\n")
-            process.stdin.flush()
+        for shot in range(1 + commits * together):
+            for process in running:
+                assert process.stdout.readline() == "ready\n", process.stderr.read()
+            for process in running:
+                process.stdin.write("go\n")
+                process.stdin.flush()
+            if shot:
+                for process, numbers in zip(running, made, strict=True):
+                    numbers.append(int(process.stdout.readline()))
         answers = [process.communicate() for process in running]
     finally:
         for process in running:
@@ -51,13 +59,15 @@ def race(place):
             process.wait()
     assert [error for _, error in answers] == [""] * PROCESSES
     assert [process.returncode for process in running] == [0] * PROCESSES
-    return [list(map(int, out.split())) for out, _ in answers]
+    for numbers, (out, _) in zip(made, answers, strict=True):
+        numbers += map(int, out.split())
+    return made
 
 
-def check(repo, made):
+def check(repo, made, commits=COMMITS):
     """What must hold whatever the order was in which the processes won."""
     versions = repo.artifact("shared").versions()
-    total = PROCESSES * COMMITS
+    total = PROCESSES * commits
     assert [version.number for version in versions] == list(range(total))
     assert sorted(number for numbers in made for number in numbers) == list(range(total))
 
@@ -66,7 +76,7 @@ def check(repo, made):
     assert len({record.txn for record in records}) == total
 
     for process, numbers in enumerate(made):
-        assert [versions[number].message for number in numbers] == [worker.path(process, i) for i in range(COMMITS)]
+        assert [versions[number].message for number in numbers] == [worker.path(process, i) for i in range(commits)]
         assert {versions[number].created_by for number in numbers} == {f"process-{process}"}
         assert numbers == sorted(numbers)
 
@@ -78,7 +88,7 @@ def check(repo, made):
         assert not diff.changed
         assert after.parent == before.number
 
-    expected = {worker.path(p, i): worker.content(p, i) for p in range(PROCESSES) for i in range(COMMITS)}
+    expected = {worker.path(p, i): worker.content(p, i) for p in range(PROCESSES) for i in range(commits)}
     found = {}
     for path in repo["shared"].assets:
         with repo["shared"].open(path) as file:
@@ -96,6 +106,20 @@ def test_processes_on_a_local_directory(tmp_path):
     repo = Repository.create(store, threads=0)
     made = race({"path": str(tmp_path / "repository")})
     check(repo, made)
+
+
+def test_processes_that_all_start_from_one_base(tmp_path):
+    """All 8 have read the same log when they commit, five times over: seven of them lose and rebase, none gives up."""
+    rounds = 5
+    store = LocalObjectStore(tmp_path / "repository")
+    repo = Repository.create(store, threads=0)
+    made = race({"path": str(tmp_path / "repository")}, rounds, together=True)
+    check(repo, made, rounds)
+    for number in range(rounds):
+        first = PROCESSES * number
+        assert sorted(numbers[number] for numbers in made) == list(range(first, first + PROCESSES))
+    # A manifest for each version, and one more for each that was made upon another's commit.
+    assert sum(1 for _ in store.list("meta/")) >= rounds * (2 * PROCESSES - 1)
 
 
 @pytest.mark.service

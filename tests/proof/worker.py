@@ -1,6 +1,7 @@
 """One of several processes that commit to one artifact at the same time: ``python worker.py <JSON>``.
 
-It opens the repository, says so, and waits for a line on its standard input, so that all of them begin together.
+It opens the repository, says so, and waits for a line on its standard input, so that all of them begin together. With
+``together`` it does so once more in each transaction, between reading the log and committing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def main() -> None:
     for commit in range(order["commits"]):
         with repo.artifact("shared").transaction(path(process, commit)) as txn:
             txn.add_bytes(path(process, commit), content(process, commit))
+            if order["together"]:
+                print("ready", flush=True)
+                sys.stdin.readline()
         assert txn.made
         print(txn.version.number, flush=True)
 

@@ -633,7 +633,7 @@ class Forge:
         record = Record(
             seq=len(log.records),
             txn=self.new_id().hex(),
-            prev=log.records[-1].seal if log.records else "",
+            prev=log.records[-1].seal if log.records else log.id,
             at="2027-01-01T00:00:00Z",
             by="",
             ops=ops,
@@ -939,7 +939,7 @@ def file_and_folder_in_two_leaves(forge):
     forge.version(forge.branch(*leaves))
 
 
-@breaks("I5", hurts=False)
+@breaks("I5")
 def paths_that_go_back_from_leaf_to_leaf(forge):
     first = cut_leaves(MANY)[0]
     forge.version(forge.branch(first, leaf(first.rows[10].path + "x")))
@@ -1203,3 +1203,21 @@ def test_forges_are_sound_without_forgery():
     assert report.findings == []
     assert report.checked["versions"] == 4
     assert root_of(Root(*msgspec.structs.astuple(address_of(at)))) == at
+
+
+def test_a_log_in_the_place_of_another_is_noticed():
+    """Record 0 names its log: two artifacts' records, exchanged, are corruption to readers and to fsck."""
+    store = MemoryObjectStore()
+    repo = Repository.create(store, threads=0)
+    for name in ("a", "b"):
+        with repo.artifact(name).transaction() as txn:
+            txn.add_bytes("name", name.encode())
+    keys = [info.key for info in store.list("log/")]
+    store.delete([info.key for info in list(store.list("head/"))])
+    first, second = (bytes(store.get(key)) for key in keys)
+    store.put(keys[0], second)
+    store.put(keys[1], first)
+    again = Repository(store, threads=0)
+    with pytest.raises(CorruptionError):
+        again["a"]
+    assert {(f.invariant, f.where) for f in fsck(again).findings} >= {("I3", "a"), ("I3", "b")}

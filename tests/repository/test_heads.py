@@ -182,7 +182,7 @@ def altered_first(lines, other):
 
 def a_story_of_its_own(lines, other):
     """Every record forged and well chained, but for the last, which is the log's own."""
-    story, prev = [], ""
+    story, prev = [], record(lines[0], 0).prev
     for number in range(len(lines) - 1):
         story.append(forged(lines, number, by="somebody else", prev=prev))
         prev = record(story[-1], number).seal
@@ -191,7 +191,7 @@ def a_story_of_its_own(lines, other):
 
 def a_story_to_its_end(lines, other):
     """Every record forged and well chained, the last one, too."""
-    story, prev = [], ""
+    story, prev = [], record(lines[0], 0).prev
     for number in range(len(lines)):
         story.append(forged(lines, number, by="somebody else", prev=prev))
         prev = record(story[-1], number).seal

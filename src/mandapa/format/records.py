@@ -225,7 +225,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     seq: int
     txn: str
     prev: str
-    """Seal of the record before; empty for the first."""
+    """Seal of the record before; the id of the log (``catalog`` for the catalog's) in the first."""
     at: str
     """UTC, ISO 8601 with ``Z``; for people, never for decisions."""
     by: str

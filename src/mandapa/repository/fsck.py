@@ -224,7 +224,7 @@ class _Check:
         for located in Tree(self._reader, root).rows():
             path = located.row.path
             if path <= last:
-                self._found("I5", where, f"{path!r} does not come after {last!r}")
+                self._hurt("I5", where, f"{path!r} does not come after {last!r}")
             last = path
             while open_files and not path.startswith(open_files[-1]):
                 open_files.pop()

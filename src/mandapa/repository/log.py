@@ -63,9 +63,9 @@ class Author:
         """The time of a record."""
         return self.clock().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
-    def back_off(self, attempt: int) -> None:
-        """Wait a random time that grows with the number of failures, 5 s at most."""
-        self.sleep(self.random.uniform(0, min(5.0, 0.01 * 2 ** min(attempt, 12))))
+    def back_off(self, attempt: int, *, most: float) -> None:
+        """Wait a random time that doubles with each failure, ``most`` seconds at most."""
+        self.sleep(self.random.uniform(0, min(most, 0.01 * 2 ** min(attempt, 12))))
 
 
 _SYSTEM = random.SystemRandom()
@@ -152,6 +152,8 @@ class Log(Generic[State]):
                 transaction id finds it.
         """
         with self._held():
+            if not self.records and since is None:
+                self.refresh()
             position = len(self.records) if since is None else since
             lost = 0
             while True:
@@ -167,7 +169,7 @@ class Log(Generic[State]):
                 record = Record(
                     seq=position,
                     txn=txn,
-                    prev=self.records[-1].seal if self.records else "",
+                    prev=self._prev(),
                     at=author.now(),
                     by=author.by,
                     ops=self._decide(build),
@@ -179,7 +181,7 @@ class Log(Generic[State]):
                     self._write_head()
                     return self.records[position]
                 lost += 1
-                author.back_off(lost)
+                author.back_off(lost, most=0.5)  # more, and a writer starves beside a busy one
                 self._read_listed()
 
     def _decide(self, build: Callable[[State], Iterable[Op]]) -> tuple[Op, ...]:
@@ -199,11 +201,15 @@ class Log(Generic[State]):
     def _key(self, seq: int) -> str:
         return log_key(self.id, seq)
 
+    def _prev(self) -> str:
+        """What the next record names as the one before; the first names its log, so that logs cannot be exchanged."""
+        return self.records[-1].seal if self.records else self.id
+
     def _take(self, data: Buffer) -> None:
         seq = len(self.records)
         key = self._key(seq)
         record = decode_record(data, key=key, seq=seq)
-        if record.prev != (self.records[-1].seal if self.records else ""):
+        if record.prev != self._prev():
             raise CorruptionError(f"{key} does not follow the record before it", key=key)
         fold(self.state, record, key=key)
         self.records.append(record)
@@ -277,7 +283,7 @@ def create_once(store: ObjectStore, key: str, data: bytes, author: Author) -> Bu
         try:
             return store.get(key)
         except NotFoundError:
-            author.back_off(attempt)
+            author.back_off(attempt, most=5.0)
     raise StorageError(
         f"{store.url}: {key} is refused again and again though nothing is there; try later", retryable=True
     )

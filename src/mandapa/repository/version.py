@@ -267,11 +267,16 @@ class Version:
         """Manifest rows in order of path, going on where a repack moved them."""
         last = ""
         while True:
+            seen = last
             try:
                 for located in self.tree.rows(prefix):
-                    if located.row.path > last:
-                        last = located.row.path
-                        yield located
+                    path = located.row.path
+                    if path <= seen:
+                        continue
+                    if path <= last:
+                        raise CorruptionError(f"{self.address}: its manifest lists {path!r} after {last!r}")
+                    last = path
+                    yield located
                 return
             except NotFoundError as error:
                 self.follow(error)

@@ -6,6 +6,7 @@ end with a broken promise - else the story proves nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +33,18 @@ from mandapa.repository.version import Version
 from mandapa.testing.faults import Crash
 
 TXN = "ab" * 16
-OLD = b"what an old version held"
 KEPT = b"what stays"
+
+
+def many_tensors() -> bytes:
+    """A safetensors file of so many chunks that their list stands in parts, nodes of their own."""
+    size = 65_536
+    tensors = {f"t{n:02}": {"dtype": "U8", "shape": [size], "data_offsets": [n * size, n * size + size]} for n in range(80)}
+    header = json.dumps(tensors).encode()
+    return len(header).to_bytes(8, "little") + header + b"".join(bytes([n % 3]) * size for n in range(80))
+
+
+OLD = {"small": b"what an old version held", "large": many_tensors()}
 
 
 class BrokenPromise(AssertionError):
@@ -43,12 +54,14 @@ class BrokenPromise(AssertionError):
 class Stage:
     """One store; the writer of the story sees it through hooks, others as it is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, old: bytes) -> None:
+        self.old = old
+        """What an old version held, and the writer puts again."""
         self.memory = MemoryObjectStore()
         self.store = HookedObjectStore(self.memory)
         self.random = Random(1)
         self.file = folder / "file"
-        self.file.write_bytes(OLD)
+        self.file.write_bytes(old)
         self.others = Repository.create(self.memory, threads=0, author=self.author("others"))
         self.told: list[tuple[str, str, dict[str, bytes]]] = []
         self.epilogue: list[Callable[[], object]] = []
@@ -72,7 +85,7 @@ class Stage:
         """The writer adds the file (as ``new``) on top of the base, and is told that it is done."""
         with repo.artifact(name).transaction("by the writer", txn_id=TXN) as txn:
             txn.add(self.file, at="new")
-        self.told.append((name, TXN, {"new": OLD, **files}))
+        self.told.append((name, TXN, {"new": self.old, **files}))
 
     def gc(self) -> None:
         collect_all(self.others)
@@ -147,7 +160,7 @@ def lost() -> StorageError:
 def the_base_is_deleted_and_swept(stage: Stage) -> None:
     """The bytes were taken over from the base, which is deleted, and swept, before our record."""
     stage.has("a", keep=KEPT)
-    stage.has("a", keep=KEPT, old=OLD)
+    stage.has("a", keep=KEPT, old=stage.old)
 
     def meanwhile(_: object) -> None:
         stage.others.artifact("a").delete(1)
@@ -165,14 +178,14 @@ def inherit_nocheck(patch: pytest.MonkeyPatch) -> None:
 
 def the_base_is_moved_and_swept(stage: Stage) -> None:
     """The bytes were taken over from the base, which is repacked, and its old containers swept."""
-    stage.has("a", keep=KEPT, old=OLD)
+    stage.has("a", keep=KEPT, old=stage.old)
 
     def meanwhile(_: object) -> None:
         repack(stage.others, stage.others.artifact("a").open_log(), 0)
         stage.gc()
 
     stage.store.hook("before", "create", "log/", meanwhile)
-    stage.commit(stage.process(), keep=KEPT, old=OLD)
+    stage.commit(stage.process(), keep=KEPT, old=stage.old)
 
 
 @rule(the_base_is_moved_and_swept)
@@ -189,7 +202,7 @@ def a_hit_is_gone(stage: Stage) -> None:
 
 
 def _remembers_a_deleted_version(stage: Stage) -> Repository:
-    stage.has("a", old=OLD)
+    stage.has("a", old=stage.old)
     repo = stage.process()
     assert len(list(repo["a:v0"].rows())) == 1
     stage.has("a", keep=KEPT)
@@ -274,7 +287,7 @@ def head_before_lists(patch: pytest.MonkeyPatch) -> None:
 def what_is_found_instead_is_condemned(stage: Stage) -> None:
     """Copied bytes are swept; the index learns where they are, too, and there another gc is about to delete them."""
     for name in ("a", "b"):
-        stage.has(name, old=OLD)
+        stage.has(name, old=stage.old)
     stage.has("c", keep=KEPT)
     cache = stage.file.parent / "cache"
     repo = stage.process(cache)
@@ -292,7 +305,7 @@ def what_is_found_instead_is_condemned(stage: Stage) -> None:
     stage.store.hook("before", "create", "log/", meanwhile)
     with repo.artifact("c").transaction(txn_id=TXN) as txn:
         txn.copy("a:v0", "old", at="new")
-    stage.told.append(("c", TXN, {"keep": KEPT, "new": OLD}))
+    stage.told.append(("c", TXN, {"keep": KEPT, "new": stage.old}))
 
 
 @rule(what_is_found_instead_is_condemned)
@@ -331,7 +344,7 @@ def register_late(patch: pytest.MonkeyPatch) -> None:
 
 def undelete_before_the_sweep(stage: Stage) -> None:
     """A gc has marked for the last time, and is about to delete what the version needs."""
-    stage.has("a", old=OLD)
+    stage.has("a", old=stage.old)
     stage.has("a", keep=KEPT)
     stage.others.artifact("a").delete(0)
     stage.epilogue.append(stage.gc_until("marked"))
@@ -340,7 +353,7 @@ def undelete_before_the_sweep(stage: Stage) -> None:
 
 def undelete_while_gc_passes(stage: Stage) -> None:
     """A whole gc passes between the look at the bytes and the record."""
-    stage.has("a", old=OLD)
+    stage.has("a", old=stage.old)
     stage.has("a", keep=KEPT)
     stage.others.artifact("a").delete(0)
     stage.store.hook("before", "create", "log/", lambda _: stage.gc())
@@ -369,7 +382,7 @@ def undelete_nofence(patch: pytest.MonkeyPatch) -> None:
 
 def the_version_gets_an_alias(stage: Stage) -> None:
     """Another names the version that we are about to delete."""
-    stage.has("a", old=OLD)
+    stage.has("a", old=stage.old)
     stage.has("a", keep=KEPT)
     stage.store.hook("before", "create", "log/", lambda _: stage.others.artifact("a").alias("best", 0))
     with pytest.raises((ConflictError, CorruptionError)):
@@ -378,7 +391,7 @@ def the_version_gets_an_alias(stage: Stage) -> None:
 
 def the_version_is_deleted(stage: Stage) -> None:
     """Another deletes the version that we are about to name."""
-    stage.has("a", old=OLD)
+    stage.has("a", old=stage.old)
     stage.has("a", keep=KEPT)
     stage.store.hook("before", "create", "log/", lambda _: stage.others.artifact("a").delete(0))
     with pytest.raises((NotFoundError, CorruptionError)):
@@ -540,18 +553,22 @@ def no_readback(patch: pytest.MonkeyPatch) -> None:
 # -- and now ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", OLD)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_with_the_rule_the_story_ends_well(rule: Rule, tmp_path: Path) -> None:
+def test_with_the_rule_the_story_ends_well(rule: Rule, size: str, tmp_path: Path) -> None:
     """Acknowledged means there, whole, once; whatever the store and the others did."""
-    stage = Stage(tmp_path)
+    stage = Stage(tmp_path, OLD[size])
     rule.story(stage)
     stage.check()
 
 
+@pytest.mark.parametrize("size", OLD)
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_without_the_rule_a_promise_is_broken(rule: Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_rule_a_promise_is_broken(
+    rule: Rule, size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The rule is needed, and the story shows it."""
-    stage = Stage(tmp_path)
+    stage = Stage(tmp_path, OLD[size])
     rule.switch_off(monkeypatch)
     rule.story(stage)
     with pytest.raises(BrokenPromise):

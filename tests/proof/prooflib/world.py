@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from random import Random
 from typing import TypeAlias
 
+from mandapa.content.index import Index
 from mandapa.errors import ConflictError, InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import CATALOG, MARKER
 from mandapa.format.records import Record, RegisterOp, SettingsOp, VersionOp, encode_marker
@@ -81,6 +82,7 @@ class World:
             doubled=chance([0, 0.05, 0.2]),
         )
         self.killed = chance([0, 0.002, 0.01])
+        self.index = Index(None)
         self.intents: list[Intent] = []
         self.commands: dict[str, bool] = {}
         self.repositories: list[Repository] = []
@@ -120,6 +122,8 @@ class Actor:
         self.name = name
         self.random = random
         self.number = 0
+        # The index outlives the process, and several of one machine share it.
+        self.index = world.index if random.random() < 0.5 else Index(None)
         self._repo: Repository | None = None
 
     @property
@@ -141,6 +145,7 @@ class Actor:
             except Crash:
                 self.died()
                 continue
+            self._repo.index, self._repo.reader._on_leaf = self.index, self.index.feed
             world.repositories.append(self._repo)
         return self._repo
 

@@ -14,7 +14,7 @@ help:
 	@echo 'make demo    train, kill, resume, check and restore a small model (half a minute)'
 	@echo 'make test    lint, then all tests but the slow ones'
 	@echo 'make lint    ruff, mypy, import-linter'
-	@echo 'make soak    the slow tests: larger counts'
+	@echo 'make soak    the slow tests, and the proof with larger counts (hours)'
 	@echo 'make bench   the benchmarks'
 	@echo 'make clean   remove what make made, but no repository'
 
@@ -32,6 +32,7 @@ test: lint $(VENV)/.azurite
 
 soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
+	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py
 
 bench: $(VENV)/.test
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done

@@ -208,14 +208,6 @@ def test_a_bucket_that_is_not_there_or_not_ours(server, bucket, error, says, cre
         mandapa.open(f"s3://{bucket}/runs", create=create, **options)
 
 
-def test_a_server_that_is_not_there():
-    """Nothing listens: an error that may pass, and says where it looked."""
-    options = {"endpoint_url": "http://127.0.0.1:9", "region": "x", "access_key_id": "t", "secret_access_key": "t"}
-    with pytest.raises(StorageError, match="nothing listens there") as caught:
-        mandapa.open("s3://bucket/runs", **options)
-    assert caught.value.retryable
-
-
 def test_places_that_are_none(tmp_path):
     """No repository there; something else there; no URL."""
     with pytest.raises(NotFoundError, match="there is no repository"):

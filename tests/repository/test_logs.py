@@ -226,26 +226,68 @@ def test_annotate(store, repo):
         append(again, AnnotateOp(0, {"x": 1}))
 
 
-def test_repack(store, repo):
-    """The version is the same, its bytes are elsewhere: who had opened it goes on there when the old ones are gone."""
-    reader = fresh(store)
-    version = reader["a:v1"]
-    opened = version.open("x")
+def move(store, repo, number, **content):
+    """Repack a version that holds this, and sweep all old containers."""
+    was = repo.artifact("a").open_log().state.versions[number]
     old = [info.key for info in store.list("meta/")]
-    was = repo.artifact("a").state().versions[1]
     with Upload(store, index=Index(None), threads=0) as upload:
-        rows = {path: upload.add_bytes(path, b"1") for path in ("x", "y")}
+        rows = {path: upload.add_bytes(path, data) for path, data in content.items()}
         root = edit_tree(repo.reader, upload, None, rows)
         upload.flush()
-    append(repo, RepackOp(1, was.root, address_of(root.address)))
-    assert root.digest.hex() == version.digest
+    append(repo, RepackOp(number, was.root, address_of(root.address)))
+    assert root.digest.hex() == was.op.digest
     store.delete(old)
+    return was.root, root
+
+
+def test_repack(store, repo):
+    """The version is the same, its bytes are elsewhere: who had opened it goes on there when the old ones are gone."""
+    version = fresh(store)["a:v1"]
+    opened = version.open("x")
+    was, root = move(store, repo, 1, x=b"1", y=b"1")
     with opened:
         assert opened.read() == b"1"
     assert read(version) == {"x": b"1", "y": b"1"}
     assert fresh(store)["a:v1"].tree.root == root.address
     with pytest.raises(ConflictError, match="moved meanwhile"):
-        append(repo, RepackOp(1, was.root, address_of(root.address)))
+        append(repo, RepackOp(1, was, address_of(root.address)))
+
+
+def test_a_diff_of_versions_that_move(store, repo):
+    """Goes on where either of them is now; when one is gone it says which, and does not blame the other."""
+    reader = fresh(store)
+    zero, one = reader["a:v0"], reader["a:v1"]
+    assert list(zero.assets) == ["x"]  # what it needs of v0 is at hand
+    repo.artifact("a").delete(0)
+    move(store, repo, 1, x=b"1", y=b"1")
+    for before, after in ((zero, one), (one, zero)):
+        assert [a.path for a, _ in before.diff(after).changed] == ["x"]
+    other = fresh(store)
+    gone = other.artifact("a").deleted()[0]
+    for before, after in ((gone, other["a:v1"]), (other["a:v1"], gone)):
+        with pytest.raises(NotFoundError, match="a:v0 was deleted"):
+            before.diff(after)
+    store.delete([info.key for info in store.list("meta/")])
+    with pytest.raises(CorruptionError):
+        fresh(store)["a:v1"].diff(fresh(store)["a:v1"])
+
+
+def test_the_history_of_a_path_while_gc_passes(store, repo):
+    """A version that is deleted and swept while the list is made is left out."""
+    put(repo, x=b"2")
+    reader = fresh(store)
+    log = reader.artifact("a").open_log()
+    versions = dict(log.state.versions)
+    repo.artifact("a").delete(0)
+    store.delete([versions[0].root.object])
+    listed, refreshed = log.refresh, []
+
+    def stale():
+        return log.state if not refreshed.append(1) and len(refreshed) == 1 else listed()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "refresh", stale)
+        assert [version.number for version in reader.artifact("a").versions("x")] == [1, 2]
 
 
 def test_the_end_of_a_log(store, repo):

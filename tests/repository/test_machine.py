@@ -164,7 +164,13 @@ class Machine(RuleBasedStateMachine):
     def transact_upon_nothing(self, changes: list[Change], message: str) -> None:
         self.transact("model", changes, message, empty=True)
 
-    def transact(self, name: str, changes: list[Change], message: str, *, empty: bool = False) -> None:
+    @rule(changes=changes, label=labels)
+    def transact_and_name(self, changes: list[Change], label: str) -> None:
+        self.transact("model", changes, "", label=label)
+
+    def transact(
+        self, name: str, changes: list[Change], message: str, *, empty: bool = False, label: str | None = None
+    ) -> None:
         artifact = self.model.get(name)
         taken = artifact is None and any(other.lower() == name.lower() for other in self.model)
         base = artifact.live[-1] if artifact and artifact.live and not empty else None
@@ -174,20 +180,33 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(ConflictError), self.repo.artifact(name).transaction("m") as txn:
                 txn.add_bytes("a", b"1")
             return
-        txn = self.repo.artifact(name).transaction(message, base=None if empty else "latest")
+        metadata = {"number": len(artifact.versions) if artifact else 0} if message else None
+        txn = self.repo.artifact(name).transaction(message, metadata, base=None if empty else "latest")
         try:
             with txn:
                 for change in changes:
                     self.change(txn, meant, *change)
+                if label is not None:
+                    txn.alias(label)
         except InvalidInputError:
             assert not meant.possible
             return
+        except ConflictError:
+            assert label is not None
+            assert artifact is not None
+            assert not artifact.free(label)
+            return
         assert meant.possible
         unchanged = meant.content == meant.base if base is not None else not meant.puts
-        if unchanged and not message:
+        if unchanged and not message and label is None:
             assert (txn.version.number if txn.version else None) == base
+            assert not txn.made
             return
+        assert txn.made
         artifact = self.model.setdefault(name, ModelArtifact())
+        if label is not None:
+            assert artifact.free(label)
+            artifact.aliases[label] = len(artifact.versions)
         artifact.versions.append(ModelVersion(meant.content, message, base))
         assert txn.version is not None
         assert txn.version.number == len(artifact.versions) - 1
@@ -368,13 +387,16 @@ class Machine(RuleBasedStateMachine):
         """A diff names exactly the paths that differ."""
         known = [(name, n) for name, artifact in sorted(self.model.items()) for n in artifact.live]
         (name1, one), (name2, two) = known[pick % len(known)], known[other % len(known)]
-        before, after = self.model[name1].versions[one].content, self.model[name2].versions[two].content
+        old, new = self.model[name1].versions[one], self.model[name2].versions[two]
+        before, after = old.content, new.content
         diff = self.repo[f"{name1}:v{one}"].diff(self.repo[f"{name2}:v{two}"])
         assert [asset.path for asset in diff.added] == sorted(after.keys() - before.keys())
         assert [asset.path for asset in diff.removed] == sorted(before.keys() - after.keys())
         common = before.keys() & after.keys()
         assert [a.path for a, _ in diff.changed] == sorted(path for path in common if before[path] != after[path])
-        assert bool(diff) == (before != after)
+        numbers = one if old.message else None, two if new.message else None
+        assert diff.metadata == ({} if numbers[0] == numbers[1] else {"number": numbers})
+        assert bool(diff) == (before != after or bool(diff.metadata))
 
     @precondition(lambda self: any(artifact.live for artifact in self.model.values()))
     @rule(pick=picks, path=st.sampled_from([*PATHS, "d/e"]))
@@ -428,6 +450,7 @@ class Machine(RuleBasedStateMachine):
             for version in repo.artifact(name).versions():
                 expected = artifact.versions[version.number]
                 assert (version.message, version.parent) == (expected.message, expected.parent)
+                assert version.metadata == ({"number": version.number} if expected.message else {})
                 assert version.asset_count == len(expected.content)
                 found: Content = {}
                 for path, asset in version.assets.items():

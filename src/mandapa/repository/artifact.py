@@ -107,7 +107,11 @@ class Artifact:
         changed = []
         before: object = None
         for version in found:
-            now = version.reading(lambda tree: _fingerprint(tree, path))
+            try:
+                now = version.reading(lambda tree: _fingerprint(tree, path))
+            except NotFoundError:
+                self.check_open(log.state)
+                continue  # it was deleted since the log was read
             if now != before:
                 changed.append(version)
             before = now

@@ -204,7 +204,10 @@ class Repository:
 
         with suppress(_DoneError):
             self.catalog.append(id_, build, self.author)
-        return self.log(self.catalog.state.names[name])
+        found = self.catalog.state.names.get(name)
+        if found is None:
+            raise NotFoundError(f"the artifact {name!r} was removed meanwhile")
+        return self.log(found)
 
     def no_artifact(self, name: str) -> NotFoundError:
         """The error for a name that no artifact has, with the nearest that there is."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -421,7 +421,7 @@ class Transaction:
             self.version = self._of(self._base)
             return
         self._register()
-        if upload.hits and self._secure(self._named() & upload.hits):
+        if upload.hits and self._secure(lambda: self._named() & upload.hits):
             edits = self._edits()
         self._build(edits)
         assert self._log is not None
@@ -465,7 +465,7 @@ class Transaction:
                 self._rebase(tip)
         if self._fenced:
             self._fenced = False
-            if self._secure(self._doubtful(state)):
+            if self._secure(lambda: self._doubtful(state)):
                 self._build(self._edits())
         root, base = self._root, self._base
         assert root is not None
@@ -555,18 +555,21 @@ class Transaction:
         """Whether every version that something was inherited from is still live, and where it was."""
         return all(state.is_live(base.op.number, base.root) for base in self._bases)
 
-    def _secure(self, doubtful: set[bytes]) -> bool:
+    def _secure(self, doubtful: Callable[[], set[bytes]]) -> bool:
         """Store again what is named in bad containers; whether there are any. Then all that is named may be named."""
         assert self._upload is not None
-        looked = False
-        done: set[bytes] = set()
-        while bad := self._bad(doubtful):
-            looked = True
-            done |= doubtful
+        before = set(self._upload.fresh)
+        looked: set[bytes] = set()
+        stored = False
+        # What is stored again may be found elsewhere, where nobody has looked yet; what is put from now on is sound.
+        while rest := doubtful() - looked - (self._upload.fresh - before):
+            looked |= rest
+            bad = self._bad(rest)
+            if not bad:
+                break
             self._restore(bad)
-            # Some of it may have been found elsewhere, where nobody has looked yet.
-            doubtful = self._named() & self._upload.hits - done
-        return looked
+            stored = True
+        return stored
 
     def _bad(self, containers: Collection[bytes]) -> set[bytes]:
         return condemned_or_missing(self._repo.store, containers, threads=self._repo.threads)
@@ -617,14 +620,15 @@ def missing(store: ObjectStore, containers: Sequence[bytes], *, threads: int) ->
 
 
 def _containers_of(reader: NodeReader, located: Located) -> Iterator[bytes]:
-    """The containers that one row needs: of its parts, its chunks, and their bases."""
+    """The containers that one row needs: of its parts, its chunks, and their bases; of a part that is gone, its own."""
     row, table = located
     if isinstance(row, LargeFileRow):
         yield from [table[part.container] for part in row.parts]
-    for piece in pieces_of(located, reader.load):
-        yield piece.container
-        if piece.base is not None:
-            yield piece.base.container
+    with suppress(NotFoundError):
+        for piece in pieces_of(located, reader.load):
+            yield piece.container
+            if piece.base is not None:
+                yield piece.base.container
 
 
 def _differences(old: Tree | None, new: Tree | None) -> Iterator[tuple[Located | None, Located | None]]:

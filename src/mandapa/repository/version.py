@@ -308,6 +308,16 @@ class Version:
             raise CorruptionError(f"{self.address}: {error}; run 'mandapa fsck'") from error
         self._state = state
 
+    def _follow_either(self, other: Version, error: NotFoundError) -> None:
+        """An object of one of two versions is not there: go on where one of them has moved."""
+        failures: list[NotFoundError | CorruptionError] = []
+        for version in (self, other):
+            try:
+                return version.follow(error)
+            except (NotFoundError, CorruptionError) as failure:
+                failures.append(failure)
+        raise next((failure for failure in failures if isinstance(failure, NotFoundError)), failures[0])
+
     def open(self, path: str) -> io.BufferedReader:
         """A seekable, read-only binary file over one asset; it fetches, and verifies, only what is read.
 
@@ -418,10 +428,7 @@ class Version:
                 pairs = list(self.tree.diff(other.tree))
                 break
             except NotFoundError as error:
-                try:
-                    self.follow(error)
-                except CorruptionError:
-                    other.follow(error)
+                self._follow_either(other, error)
         before = [(a and Asset.from_row(a), b and Asset.from_row(b)) for a, b in pairs]
         mine, theirs = self.metadata, other.metadata
         return Diff(

@@ -21,6 +21,7 @@ from prooflib.hooks import HookedObjectStore
 from prooflib.repacking import repack
 
 from mandapa.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError, StorageError
+from mandapa.format.manifest import Part
 from mandapa.format.records import decode_record, encode_record
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository import artifact, transaction
@@ -176,18 +177,21 @@ def the_base_is_deleted_and_swept(stage: Stage) -> None:
 
 
 def the_base_of_a_grown_file_is_deleted_and_swept(stage: Stage) -> None:
-    """Most of the file was taken over from the base's, its lists of chunks included; our claims win."""
+    """Most of the file was taken over from the base's, its lists of chunks included, of which none is at hand now."""
     stage.has("a", keep=KEPT)
     stage.has("a", keep=KEPT, new=stage.old)
     grown = stage.old + bytes(100_000)
     stage.file.write_bytes(grown)
+    repo = stage.process()
 
     def meanwhile(_: object) -> None:
         stage.others.artifact("a").delete(1)
         stage.gc()
+        for hash_ in [hash_ for hash_, node in repo.reader._nodes.items() if isinstance(node, Part)]:
+            del repo.reader._nodes[hash_]
 
     stage.store.hook("before", "create", "log/", meanwhile)
-    with stage.process().artifact("a").transaction(on_conflict="ours", txn_id=TXN) as txn:
+    with repo.artifact("a").transaction(on_conflict="ours", txn_id=TXN) as txn:
         txn.add(stage.file, at="new")
     stage.told.append(("a", TXN, {"keep": KEPT, "new": grown}))
 
@@ -335,12 +339,46 @@ def what_is_found_instead_is_condemned(stage: Stage) -> None:
 def secure_once(patch: pytest.MonkeyPatch) -> None:
     """What is named instead of something bad is looked at, too."""
 
-    def once(self: Transaction, doubtful: set[bytes]) -> bool:
-        bad = self._bad(doubtful)
+    def once(self: Transaction, doubtful: Callable[[], set[bytes]]) -> bool:
+        bad = self._bad(doubtful())
         self._restore(bad)
         return bool(bad)
 
     patch.setattr(Transaction, "_secure", once)
+
+
+def what_is_found_instead_was_inherited(stage: Stage) -> None:
+    """The same, but it is found in the base, which is not live any more either."""
+    stage.has("a", keep=KEPT)
+    stage.has("a", keep=KEPT, old=stage.old)
+    stage.has("b", old=stage.old)
+
+    def meanwhile(_: object) -> None:
+        stage.others.artifact("b").delete(0)
+        stage.gc()
+        stage.others.artifact("a").delete(1)
+        stage.epilogue.append(stage.gc_until("marked"))
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    with stage.process().artifact("a").transaction(txn_id=TXN) as txn:
+        txn.add_bytes("more", b"1")
+        txn.copy("b:v0", "old", at="new")
+    stage.told.append(("a", TXN, {"keep": KEPT, "more": b"1", "new": stage.old}))
+
+
+@rule(what_is_found_instead_was_inherited, "small")
+def secure_hits_only(patch: pytest.MonkeyPatch) -> None:
+    """What is named instead, and inherited from a version that is not live any more, is looked at, too."""
+
+    def hits_only(self: Transaction, doubtful: Callable[[], set[bytes]]) -> bool:
+        stored, rest, looked = False, doubtful(), set()
+        while bad := self._bad(rest):
+            looked |= rest
+            self._restore(bad)
+            rest, stored = self._named() & self._upload.hits - looked, True
+        return stored
+
+    patch.setattr(Transaction, "_secure", hits_only)
 
 
 def gc_fences_before_the_artifact_is_known(stage: Stage) -> None:

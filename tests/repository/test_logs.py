@@ -280,13 +280,9 @@ def test_the_history_of_a_path_while_gc_passes(store, repo):
     versions = dict(log.state.versions)
     repo.artifact("a").delete(0)
     store.delete([versions[0].root.object])
-    listed, refreshed = log.refresh, []
-
-    def stale():
-        return log.state if not refreshed.append(1) and len(refreshed) == 1 else listed()
-
+    first, refresh = iter([log.state]), log.refresh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(log, "refresh", stale)
+        patch.setattr(log, "refresh", lambda: next(first, None) or refresh())
         assert [version.number for version in reader.artifact("a").versions("x")] == [1, 2]
 
 

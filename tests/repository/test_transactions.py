@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
+from mandapa.format.keys import container_key
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository import transaction as transactions
 from mandapa.repository.fsck import fsck
@@ -458,7 +459,7 @@ def test_the_base_is_swept_meanwhile(store, repo, other):
         txn.add_url("c", "s3://elsewhere/x")  # needs nothing of the base
         root = other["a:v1"].tree.root
         other.artifact("a").delete(1)
-        store.delete([transactions.container_key(root.container)])
+        store.delete([container_key(root.container)])
 
 
 def test_the_artifact_is_removed_meanwhile(repo, other):

@@ -25,8 +25,9 @@ from mandapa.format.records import (
 )
 from mandapa.format.strict import check_label, check_name, is_id
 from mandapa.repository.log import Log
+from mandapa.repository.packs import condemned_or_missing
 from mandapa.repository.state import ArtifactState, CatalogState, VersionState, parse_time
-from mandapa.repository.transaction import Transaction, condemned_or_missing
+from mandapa.repository.transaction import Transaction
 from mandapa.repository.version import Version
 
 if TYPE_CHECKING:

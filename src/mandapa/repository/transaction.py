@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mandapa.content.edit import TreeRoot, edit_tree
-from mandapa.content.parallel import in_order
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader, Tree, same_asset
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
-from mandapa.format.keys import GC, container_key
-from mandapa.format.manifest import Branch, LargeFileRow, Leaf, Node, NodeAddress, UrlRow
-from mandapa.format.records import AliasOp, FenceOp, Op, Record, VersionOp, decode_gc_list
+from mandapa.format.manifest import Branch, Leaf, Node, NodeAddress, UrlRow
+from mandapa.format.records import AliasOp, FenceOp, Op, Record, VersionOp
 from mandapa.format.strict import check_label, check_path, check_prefix
-from mandapa.object_store.base import Buffer, ObjectStore
+from mandapa.object_store.base import Buffer
 from mandapa.repository.log import Log
 from mandapa.repository.metadata import clean_message, clean_metadata
+from mandapa.repository.packs import condemned_or_missing, containers_of
 from mandapa.repository.state import ArtifactState, VersionState
 from mandapa.repository.urls import check_url, url_facts
 from mandapa.repository.version import Version, address_of, relabel, root_of
@@ -29,7 +27,7 @@ from mandapa.repository.version import Version, address_of, relabel, root_of
 if TYPE_CHECKING:
     from mandapa.repository.artifact import Artifact
 
-__all__ = ["Transaction", "condemned_or_missing"]
+__all__ = ["Transaction"]
 
 SEED_LEAVES = 64
 """Leaves of the base version that are read for chunks to share, at most."""
@@ -275,7 +273,7 @@ class Transaction:
             if place != located.row.path:
                 check_path(place)
             moved = relabel(located, place)
-            upload.hits.update(_containers_of(self._repo.reader, moved))
+            upload.hits.update(containers_of(self._repo.reader, moved))
             self._put(place, moved)
         self._claims[target] = one is None or self._claims.get(target, False)
         if version.address not in self._used:
@@ -540,7 +538,7 @@ class Transaction:
         """Every container that the rows put by this transaction need."""
         named: set[bytes] = set()
         for located in self._puts.values():
-            named.update(_containers_of(self._repo.reader, located))
+            named.update(containers_of(self._repo.reader, located))
         return named
 
     def _doubtful(self, state: ArtifactState) -> set[bytes]:
@@ -578,57 +576,8 @@ class Transaction:
         """Store what lies in bad containers again, in new ones."""
         assert self._upload is not None
         for path, located in self._puts.items():
-            if not bad.isdisjoint(_containers_of(self._repo.reader, located)):
+            if not bad.isdisjoint(containers_of(self._repo.reader, located)):
                 self._puts[path] = self._upload.restore_row(located, bad)
-
-
-def condemned_or_missing(store: ObjectStore, containers: Collection[bytes], *, threads: int) -> set[bytes]:
-    """Those of ``containers`` that a gc has listed, or that are not there: in no list first, THEN found.
-
-    One request to list ``gc/``, one for each list there, one for each container that no list names.
-    """
-    if not containers:
-        return set()
-    listed = condemned(store)
-    bad = {container for container in containers if container_key(container) in listed}
-    return bad | missing(store, sorted(set(containers) - bad), threads=threads)
-
-
-def condemned(store: ObjectStore) -> set[str]:
-    """Keys of all objects that some gc may be about to delete."""
-    listed: set[str] = set()
-    for info in list(store.list(GC)):
-        try:
-            listed.update(decode_gc_list(store.get(info.key), key=info.key).objects)
-        except NotFoundError:
-            continue  # its gc is over
-    return listed
-
-
-def missing(store: ObjectStore, containers: Sequence[bytes], *, threads: int) -> set[bytes]:
-    """Those of ``containers`` that are not there."""
-
-    def gone(container: bytes) -> bool:
-        try:
-            store.head(container_key(container))
-        except NotFoundError:
-            return True
-        return False
-
-    answers = in_order(gone, containers, threads=threads)
-    return {container for container, answer in zip(containers, answers, strict=True) if answer}
-
-
-def _containers_of(reader: NodeReader, located: Located) -> Iterator[bytes]:
-    """The containers that one row needs: of its parts, its chunks, and their bases; of a part that is gone, its own."""
-    row, table = located
-    if isinstance(row, LargeFileRow):
-        yield from [table[part.container] for part in row.parts]
-    with suppress(NotFoundError):
-        for piece in pieces_of(located, reader.load):
-            yield piece.container
-            if piece.base is not None:
-                yield piece.base.container
 
 
 def _differences(old: Tree | None, new: Tree | None) -> Iterator[tuple[Located | None, Located | None]]:

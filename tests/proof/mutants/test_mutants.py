@@ -24,7 +24,7 @@ from mandapa.errors import AlreadyExistsError, ConflictError, CorruptionError, N
 from mandapa.format.manifest import Part
 from mandapa.format.records import decode_record, encode_record
 from mandapa.object_store.memory import MemoryObjectStore
-from mandapa.repository import artifact, transaction
+from mandapa.repository import artifact, packs, transaction
 from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author, Log
 from mandapa.repository.repository import Repository
@@ -240,7 +240,7 @@ def _remembers_a_deleted_version(stage: Stage) -> Repository:
 @rule(a_hit_is_gone)
 def nohead(patch: pytest.MonkeyPatch) -> None:
     """What was found by the index is looked for."""
-    patch.setattr(transaction, "missing", lambda *_, **__: set())
+    patch.setattr(packs, "missing", lambda *_, **__: set())
 
 
 def gc_passes_before_the_record(stage: Stage) -> None:
@@ -273,13 +273,13 @@ def gc_fences_while_the_log_is_read(stage: Stage) -> None:
 @rule(gc_fences_while_the_log_is_read)
 def nolist(patch: pytest.MonkeyPatch) -> None:
     """The lists of gcs are read."""
-    patch.setattr(transaction, "condemned", lambda _: set())
+    patch.setattr(packs, "condemned", lambda _: set())
 
 
 @rule(gc_fences_while_the_log_is_read)
 def lists_before_the_tail(patch: pytest.MonkeyPatch) -> None:
     """The lists are read after the log."""
-    condemned, enter = transaction.condemned, Transaction.__enter__
+    condemned, enter = packs.condemned, Transaction.__enter__
     read: list[set[str]] = []
 
     def read_first(self: Transaction) -> Transaction:
@@ -287,7 +287,7 @@ def lists_before_the_tail(patch: pytest.MonkeyPatch) -> None:
         return enter(self)
 
     patch.setattr(Transaction, "__enter__", read_first)
-    patch.setattr(transaction, "condemned", lambda _: read[0])
+    patch.setattr(packs, "condemned", lambda _: read[0])
 
 
 def gc_ends_while_hits_are_checked(stage: Stage) -> None:
@@ -301,12 +301,12 @@ def gc_ends_while_hits_are_checked(stage: Stage) -> None:
 @rule(gc_ends_while_hits_are_checked)
 def head_before_lists(patch: pytest.MonkeyPatch) -> None:
     """In no list first, THEN found."""
-    condemned, missing = transaction.condemned, transaction.missing
+    condemned, missing = packs.condemned, packs.missing
 
     def the_other_way_round(store: object, containers: object, *, threads: int) -> set[bytes]:
         gone = missing(store, sorted(containers), threads=threads)
         listed = condemned(store)
-        return gone | {c for c in containers if transaction.container_key(c) in listed}
+        return gone | {c for c in containers if packs.container_key(c) in listed}
 
     patch.setattr(transaction, "condemned_or_missing", the_other_way_round)
 
@@ -429,7 +429,7 @@ def _undelete(stage: Stage) -> None:
 @rule(undelete_before_the_sweep)
 def undelete_headonly(patch: pytest.MonkeyPatch) -> None:
     """What is brought back is in no list."""
-    patch.setattr(transaction, "condemned", lambda _: set())
+    patch.setattr(packs, "condemned", lambda _: set())
 
 
 @rule(undelete_while_gc_passes)

@@ -11,9 +11,9 @@ from mandapa.content.tree import Tree
 from mandapa.content.upload import Upload
 from mandapa.format.records import FenceOp, Op, Record, RepackOp
 from mandapa.repository.log import Log
+from mandapa.repository.packs import condemned_or_missing
 from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState, VersionState
-from mandapa.repository.transaction import condemned_or_missing
 from mandapa.repository.version import address_of, root_of
 
 

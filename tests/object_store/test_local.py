@@ -82,18 +82,18 @@ def test_order_of_durability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ve
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "link", lambda *a: (trace.append("named"), real_link(*a)))
     monkeypatch.setattr(os, "replace", lambda *a: (trace.append("named"), real_replace(*a)))
-    store = LocalObjectStore(tmp_path / "root")
+    store = LocalObjectStore(tmp_path / "store")
     getattr(store, verb)("log/a/0", b"1")
-    file = "/root/"
-    assert trace == [file, "/", "/root", "/root/log", "named", "/root/log/a"]
+    file = "/store/"
+    assert trace == [file, "/", "/store", "/store/log", "named", "/store/log/a"]
     trace.clear()
     getattr(store, verb)("log/a/1", b"1")
-    assert trace == [file, "named", "/root/log/a"]
+    assert trace == [file, "named", "/store/log/a"]
     trace.clear()
     store.delete(["log/a/0"])
-    assert trace == ["/root/log/a"]
+    assert trace == ["/store/log/a"]
     trace.clear()
-    getattr(LocalObjectStore(tmp_path / "root", fsync=False), verb)("log/a/2", b"1")
+    getattr(LocalObjectStore(tmp_path / "store", fsync=False), verb)("log/a/2", b"1")
     assert trace == ["named"]
 
 

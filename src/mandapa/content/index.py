@@ -6,6 +6,7 @@ import os
 import sqlite3
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -262,6 +263,7 @@ class Index:
                 except BaseException:
                     db.close()
                     raise
+                weakref.finalize(self, _close, db, self._pid)
                 return db
             except sqlite3.OperationalError:
                 break
@@ -280,6 +282,13 @@ class Index:
         for suffix in ("", "-journal", "-wal", "-shm"):
             with suppress(OSError):
                 os.unlink(self._path + suffix)
+
+
+def _close(db: sqlite3.Connection, pid: int) -> None:
+    """When nobody needs the index any more; in a forked child it is the parent's."""
+    if pid == os.getpid():
+        with suppress(sqlite3.Error):
+            db.close()
 
 
 _inherited: list[Any] = []  # connections of a parent process, never to be closed here

@@ -60,6 +60,11 @@ class AssetFile(io.RawIOBase):
         threads: int = 2,
     ) -> None:
         super().__init__()
+        # First what `close` needs, which runs even for an object that was never whole.
+        self._pid = os.getpid()
+        self._pool: ThreadPoolExecutor | None = None
+        self._ahead: dict[int, Future[_Chunks]] = {}
+        self._kept: OrderedDict[int, Buffer] = OrderedDict()
         row = located.row
         if isinstance(row, UrlRow):
             raise InvalidInputError(f"{row.path!r} is a URL, {row.url}: open it where it is")
@@ -74,11 +79,7 @@ class AssetFile(io.RawIOBase):
         self._next = -1  # where the last read ended
         self._run = 0  # bytes read without a jump
         self._lock = threading.RLock()
-        self._pid = os.getpid()
-        self._pool: ThreadPoolExecutor | None = None
-        self._ahead: dict[int, Future[_Chunks]] = {}
         self._ahead_end = 0
-        self._kept: OrderedDict[int, Buffer] = OrderedDict()
         self._kept_bytes = 0
         self._layout = _Layout(located, load)
 

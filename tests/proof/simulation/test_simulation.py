@@ -12,6 +12,12 @@ from pathlib import Path
 import pytest
 from prooflib.world import World, check
 
+from mandapa.errors import MandapaError
+from mandapa.repository import artifact, packs
+from mandapa.repository.log import Log
+from mandapa.repository.state import ArtifactState
+from mandapa.repository.transaction import Transaction
+
 SOAK = bool(os.environ.get("MANDAPA_SOAK"))
 SEEDS = 40_000 if SOAK else 800
 BLOCKS = 8
@@ -66,3 +72,32 @@ def test_a_seed_is_one_story() -> None:
             text=True,
         )
         assert done.stdout.strip() == expected
+
+
+MUTANTS = {
+    "nohead": (packs, "missing", lambda *_, **__: set(), 200),
+    "nolist": (packs, "condemned", lambda _: set(), 200),
+    "nofence": (Transaction, "_notice", lambda *_: None, 400),
+    "restart_noscan": (Log, "find", lambda *_: None, 400),
+    "undelete_nofence": (artifact._Revival, "notice", lambda *_: None, 4000),
+    "inherit_nocheck": (Transaction, "_bases_stand", lambda *_: True, 4000),
+    "inherit_oldroot": (ArtifactState, "is_live", lambda self, n, _: self.versions[n].deleted is None, 8000),
+}
+
+
+@pytest.mark.parametrize(
+    "mutant", [pytest.param(name, marks=[pytest.mark.slow] * (MUTANTS[name][3] > 400)) for name in MUTANTS]
+)
+def test_the_simulation_notices(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a rule of the protocol switched off some seed fails: the world is as hostile as the rules expect."""
+    where, name, broken, seeds = MUTANTS[mutant]
+    monkeypatch.setattr(where, name, broken)
+    for seed in range(seeds):
+        world = World(seed)
+        world.populate()
+        try:
+            world.run()
+            check(world)
+        except (AssertionError, MandapaError):
+            return
+    pytest.fail(f"{mutant} was not noticed in {seeds} seeds")

@@ -14,7 +14,7 @@ from mandapa.content.index import Index, Piece, piece_of
 from mandapa.content.packing import Packer
 from mandapa.content.tree import Located, NodeReader, child_address
 from mandapa.digest import digest
-from mandapa.errors import CorruptionError
+from mandapa.errors import CorruptionError, NotFoundError
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import (
     INLINE_CHUNKS,
@@ -247,9 +247,11 @@ class RowMaker:
         if base is None or not isinstance(base.row, LargeFileRow):
             return old
         for address in base.row.parts:
-            node = self._nodes.load(child_address(address, base.table))
-            assert isinstance(node, Part)
-            if len(node.rows) >= _PART_KEPT:
+            try:
+                node = self._nodes.load(child_address(address, base.table))
+            except NotFoundError:  # swept with its version, meanwhile: it cannot be named again
+                continue
+            if isinstance(node, Part) and len(node.rows) >= _PART_KEPT:
                 number = self._packer.number(base.table[address.container])
                 hashes = [chunk.hash for chunk in node.rows]
                 old[hashes[0]] = (msgspec.structs.replace(address, container=number), hashes)

@@ -112,6 +112,7 @@ class Transaction:
         self._ours = on_conflict == "ours"
         self._aliases: list[str] = []
         self._used: list[str] = []
+        self._requires: set[str] = set()
         self._puts: dict[str, Located] = {}
         self._claims: dict[str, bool] = {}  # path -> whether it claims all below it too
         self._base: VersionState | None = None
@@ -276,6 +277,7 @@ class Transaction:
             upload.hits.update(containers_of(self._repo.reader, moved))
             self._put(place, moved)
         self._claims[target] = one is None or self._claims.get(target, False)
+        self._requires.update(version.requires)
         if version.address not in self._used:
             self._used.append(version.address)
 
@@ -478,7 +480,7 @@ class Transaction:
             added=self._upload.added,
             message=self._message,
             metadata=self._metadata,
-            requires=list(base.requires) if base is not None else [],
+            requires=sorted(self._requires.union(() if base is None else base.requires)),
         )
         for name in self._aliases:
             yield AliasOp(name, state.next_number)

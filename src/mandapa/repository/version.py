@@ -217,6 +217,11 @@ class Version:
         return self._state.record.used
 
     @property
+    def requires(self) -> tuple[str, ...]:
+        """Features of the format that a reader of it must have."""
+        return self._state.requires
+
+    @property
     def parent(self) -> int | None:
         """The number of the version it was made from, or None."""
         return self._state.op.parent

@@ -23,7 +23,7 @@ from mandapa.format.manifest import (
 )
 from mandapa.object_store.base import ObjectStore
 
-__all__ = ["Located", "NodeReader", "Tree", "child_address", "last_at_most", "same_asset"]
+__all__ = ["Located", "NodeReader", "Tree", "child_address", "differences", "last_at_most", "same_asset"]
 
 
 class Located(NamedTuple):
@@ -201,6 +201,16 @@ class Tree:
         ):
             raise CorruptionError(f"the manifest node at {row.path!r} does not fit its parent")
         return node
+
+
+def differences(old: Tree | None, new: Tree | None) -> Iterator[tuple[Located | None, Located | None]]:
+    """`Tree.diff`, where None is a tree of nothing."""
+    if old is not None and new is not None:
+        yield from old.diff(new)
+    elif old is not None:
+        yield from ((located, None) for located in old.rows())
+    elif new is not None:
+        yield from ((None, located) for located in new.rows())
 
 
 def same_asset(a: Located | None, b: Located | None) -> bool:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mandapa.content.edit import TreeRoot, edit_tree
-from mandapa.content.tree import Located, NodeReader, Tree, same_asset
+from mandapa.content.tree import Located, NodeReader, Tree, differences, same_asset
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
@@ -20,6 +20,7 @@ from mandapa.object_store.base import Buffer
 from mandapa.repository.log import Log
 from mandapa.repository.metadata import clean_message, clean_metadata
 from mandapa.repository.packs import condemned_or_missing, containers_of
+from mandapa.repository.paths import above, folders_of
 from mandapa.repository.state import ArtifactState, VersionState
 from mandapa.repository.urls import check_url, url_facts
 from mandapa.repository.version import Version, address_of, relabel, root_of
@@ -399,14 +400,14 @@ class Transaction:
 
     def _check_shapes(self, edits: Mapping[str, Located | None]) -> None:
         """Refuse a file where the version would also have a folder."""
-        for path in _folders(self._puts) & self._puts.keys():
+        for path in folders_of(self._puts) & self._puts.keys():
             raise InvalidInputError(f"{path!r} cannot be a file and a folder in one version")
         tree = self._tree()
         if tree is None:
             return
         # Where the base has a file, it has no folder of that name, and no file above.
         new = [path for path, located in edits.items() if located is not None and self._base_row(path) is None]
-        for path in _folders(new):
+        for path in folders_of(new):
             if tree.get(path) is not None and edits.get(path, path) is not None:
                 raise InvalidInputError(f"{path!r} is a file in the base: remove it before something is added below it")
         for path in new:
@@ -517,22 +518,22 @@ class Transaction:
     def _clashes(self, old: Tree | None, tip: VersionState | None) -> list[str]:
         """Paths where what came in between and our claims do not go together; ours are noted to win."""
         new = None if tip is None else Tree(self._nodes, root_of(tip.root))
-        folders = _folders(self._puts)
+        folders = folders_of(self._puts)
         clash = []
-        for before, after in _differences(old, new):
+        for before, after in differences(old, new):
             located = after or before
             assert located is not None
             path = located.row.path
             if self._claimed(path):
                 if not same_asset(self._puts.get(path), after):
                     clash.append(path)
-            elif after is not None and (path in folders or any(above in self._puts for above in _above(path))):
+            elif after is not None and (path in folders or any(folder in self._puts for folder in above(path))):
                 clash.append(path)
                 self._overrides.add(path)
         return clash
 
     def _claimed(self, path: str) -> bool:
-        return path in self._claims or any(self._claims.get(above, False) for above in _above(path))
+        return path in self._claims or any(self._claims.get(folder, False) for folder in above(path))
 
     # -- packs that may be on their way out ---------------------------------------------------------------------------
 
@@ -580,30 +581,3 @@ class Transaction:
         for path, located in self._puts.items():
             if not bad.isdisjoint(containers_of(self._repo.reader, located)):
                 self._puts[path] = self._upload.restore_row(located, bad)
-
-
-def _differences(old: Tree | None, new: Tree | None) -> Iterator[tuple[Located | None, Located | None]]:
-    if old is not None and new is not None:
-        yield from old.diff(new)
-    elif old is not None:
-        yield from ((located, None) for located in old.rows())
-    elif new is not None:
-        yield from ((None, located) for located in new.rows())
-
-
-def _above(path: str) -> Iterator[str]:
-    """The folders that a path is in, the root last."""
-    while path:
-        path = path.rpartition("/")[0]
-        yield path
-
-
-def _folders(paths: Iterable[str]) -> set[str]:
-    """Every folder, but the root, that a path is in."""
-    folders: set[str] = set()
-    for path in paths:
-        folder = path.rpartition("/")[0]
-        while folder and folder not in folders:
-            folders.add(folder)
-            folder = folder.rpartition("/")[0]
-    return folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import threading
 
@@ -205,7 +206,7 @@ def test_every_page_may_be_damaged(tmp_path):
         folder = tmp_path / f"b{at}"
         folder.mkdir()
         bad = bytearray(good)
-        bad[at : at + 40] = os.urandom(len(bad[at : at + 40]))
+        bad[at : at + 40] = random.Random(at).randbytes(len(bad[at : at + 40]))
         (folder / database(tmp_path / "a").name).write_bytes(bad)
         index = Index(folder)
         for hash_, piece in index.lookup([name(i) for i in range(200)]).items():

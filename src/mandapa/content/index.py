@@ -29,6 +29,7 @@ _PENDING_FILES = 65536
 _SIZE_MAX = 512 << 20  # bytes: about 4 million chunks, or 2 million files
 _FINE = 100_000_000
 _COARSE = 2_000_000_000
+_DAMAGED = (sqlite3.Error, OverflowError, ValueError, TypeError)  # names and texts that are none, too
 _PLACE = struct.Struct("<17sIIIH")
 _STAT = struct.Struct("<QQQqq")
 _CHECK = struct.Struct("<I")
@@ -246,7 +247,7 @@ class Index:
                 with suppress(sqlite3.Error):
                     self._db.rollback()
                 return None
-            except (sqlite3.Error, OverflowError, ValueError, TypeError):
+            except _DAMAGED:
                 self._remove()
         return None
 
@@ -267,7 +268,7 @@ class Index:
                 return db
             except sqlite3.OperationalError:
                 break
-            except sqlite3.Error:
+            except _DAMAGED:
                 self._remove()
             except OSError:
                 break

@@ -161,9 +161,9 @@ def test_a_lying_header_makes_an_opaque_file(name: str) -> None:
     """No cuts, within seconds, and the bytes exactly."""
     data = OPAQUE[name]()
     assert len(data) >= 256 * KIB
-    began = time.perf_counter()
+    began = time.process_time()
     assert structured_cuts(BytesSource(data)) is None
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     assert b"".join(map(bytes, Cutter().cut(BytesSource(data), name))) == data
 
 
@@ -312,9 +312,9 @@ def test_mutations(name: str) -> None:
                     del data[at % len(data) : at % len(data) + rng.randint(1, 40)]
                 case 4:
                     data[at % len(data) : at % len(data)] = rng.randbytes(rng.randint(1, 40))
-        began = time.perf_counter()
+        began = time.process_time()
         cuts = structured_cuts(BytesSource(data))
-        assert time.perf_counter() - began < 5
+        assert time.process_time() - began < 5
         check(cuts, len(data))
         survived += cuts is not None
         if round_ % 4 == 0:

@@ -73,10 +73,10 @@ def resealed_table(data):
 def bounded(seconds=1.0, megabytes=80):
     """The block takes little time and little memory."""
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         yield
-        took, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+        took, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert took < seconds
@@ -662,7 +662,7 @@ def test_mutations_raise_our_errors_and_nothing_else(name):
     refused = 0
     for n in range(MUTATIONS):
         data = change(rng, EXAMPLES[sources[n % len(sources)]])
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             parse(data)
         except (CorruptionError, FormatVersionError) as error:
@@ -672,7 +672,7 @@ def test_mutations_raise_our_errors_and_nothing_else(name):
             pytest.fail(f"{data!r}: {error!r}")
         else:
             message = ""
-        assert time.perf_counter() - started < 1
+        assert time.process_time() - started < 1
         assert len(message) < 500
         assert message.isprintable()
     assert refused > MUTATIONS // 2

@@ -303,6 +303,19 @@ def test_a_folder_of_ten_thousand_files(tmp_path, store):
 # -- what a version is -------------------------------------------------------------------------------------------------
 
 
+def test_what_has_no_chunks_reads_no_leaves_for_them(store):
+    """A URL, or a removal, in 20,000 assets reads the nodes of its own path, not what could share chunks."""
+    repo = Repository.create(store, threads=0)
+    with repo.artifact("a").transaction() as txn:
+        for number in range(20_000):
+            txn.add_bytes(f"d/{number:05}", number.to_bytes(4, "little"))
+    for act in (lambda txn: txn.add_url("u/x", "s3://elsewhere/x", size=1), lambda txn: txn.remove("d/00007")):
+        counting = CountingObjectStore(store)
+        with Repository(counting, threads=0).artifact("a").transaction() as txn:
+            act(txn)
+        assert counting.requests["get_ranges"] <= 3
+
+
 def wanted(count=1500):
     """A folder's content: path -> bytes; enough for several leaves."""
     return {f"d{i % 7}/f{i:04}": f"content {i // 2}".encode() * (i % 5) for i in range(count)}

@@ -76,7 +76,7 @@ class _Edit:
             assert not isinstance(top, Part)
             level = top.level if isinstance(top, Branch) else 0
             for below in range(level):
-                changes = self._splice(root, level, below, changes)
+                changes = self._splice(root, below, changes)
             items = list(_merge(_items(top), iter(changes)))
             nodes = self._build(level, items)
         while len(nodes) > 1:
@@ -112,14 +112,13 @@ class _Edit:
     def _splice(
         self,
         root: NodeAddress,
-        top: int,
         level: int,
         changes: list[_Change],
     ) -> list[_Change]:
         """Apply changes to the nodes of one level below the root; returns what changes for the level above."""
         above: dict[str, tuple[Row | ChildRow, Sequence[bytes]] | None] = {}
         at = 0
-        cursor = _Nodes(self._reader, root, top, level)
+        cursor = _Cursor(self._reader, root, level)
         while at < len(changes):
             cursor.seek(changes[at][0])
             cutter = NodeCutter(level)
@@ -232,12 +231,11 @@ def move_chunk(chunk: Chunk, table: Sequence[bytes], number: Callable[[bytes], i
     return Chunk(number(table[chunk.container]), chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash, base)
 
 
-class _Nodes:
+class _Cursor:
     """A cursor over the nodes of one level, that reads branches only where it goes."""
 
-    def __init__(self, reader: NodeReader, root: NodeAddress, top: int, level: int) -> None:
+    def __init__(self, reader: NodeReader, root: NodeAddress, level: int) -> None:
         self._tree = Tree(reader, root)
-        self._top = top
         self._level = level
         self._path: list[tuple[Branch, int]] = []
         self.node: Leaf | Branch

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 
 __all__ = ["CATALOG", "GC", "MARKER", "container_key", "head_key", "log_key", "log_prefix", "parse_seq"]
 
@@ -14,9 +13,6 @@ CATALOG = "catalog"
 
 _SEQ = re.compile(r"[0-9]{16}", re.ASCII)
 _KINDS = {b"p": "packs/", b"m": "meta/"}
-
-IdSource = Callable[[], bytes]
-"""Makes 16 random bytes; never the same twice."""
 
 
 def container_key(container: bytes) -> str:

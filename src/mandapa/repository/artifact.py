@@ -223,16 +223,7 @@ class Artifact:
             NotFoundError: No such version, or (with None) no such alias.
             ConflictError: The name is, or was, a tag, or is another alias but for case.
         """
-        check_label(name)
-
-        def build(state: ArtifactState) -> Iterable[Op]:
-            if version is None:
-                if name not in state.aliases:
-                    raise NotFoundError(f"{self.name} has no alias {name!r}")
-                return [AliasOp(name, None)]
-            return [AliasOp(name, self._resolve(state, version).op.number)]
-
-        self._command(build)
+        self._name(name, version, AliasOp)
 
     def tag(self, name: str, version: int | str | Version | None) -> None:
         """Give a version a name that never moves; None drops the tag, whose name is never used again. Three requests.
@@ -241,14 +232,19 @@ class Artifact:
             NotFoundError: No such version, or (with None) no such tag.
             ConflictError: The name is or was in use.
         """
+        self._name(name, version, TagOp)
+
+    def _name(self, name: str, version: int | str | Version | None, op: type[AliasOp | TagOp]) -> None:
+        """Give a version a name by an op of that kind, or drop the name."""
         check_label(name)
+        kind = "alias" if op is AliasOp else "tag"
 
         def build(state: ArtifactState) -> Iterable[Op]:
-            if version is None:
-                if name not in state.tags:
-                    raise NotFoundError(f"{self.name} has no tag {name!r}")
-                return [TagOp(name, None)]
-            return [TagOp(name, self._resolve(state, version).op.number)]
+            if version is not None:
+                return [op(name, self._resolve(state, version).op.number)]
+            if name not in (state.aliases if op is AliasOp else state.tags):
+                raise NotFoundError(f"{self.name} has no {kind} {name!r}")
+            return [op(name, None)]
 
         self._command(build)
 

@@ -199,19 +199,20 @@ class Transaction:
             raise NotFoundError(f"there is no file or folder {source!r}")
         if not os.path.isdir(source):
             target = check_path(os.path.basename(os.path.abspath(source)) if at is None else at)
-            located = upload.add_file(source, target, os.stat(source), base=self._base_row(target))
-            self._put(target, located)
-            self._claims.setdefault(target, False)
+            self._seed()
+            self._put(target, upload.add_file(source, target, os.stat(source), base=self._base_row(target)))
             return
         prefix = check_prefix(at or "")
         if prefix:
             check_path(prefix)
         found = walk(source, skip_special=skip_special)
-        self._load_base_rows(prefix)
+        self._seed()
+        if (tree := self._tree()) is not None:
+            self._base_rows.update((located.row.path, located) for located in tree.under(prefix))
         below = f"{prefix}/" if prefix else ""
         targets = [(below + item.path, item) for item in found]
         for (target, _), located in zip(targets, upload.add_files(targets, self._base_rows.get), strict=True):
-            self._put(target, located)
+            self._puts[target] = located
         self._claims[prefix] = True
 
     def add_bytes(self, at: str, data: Buffer) -> None:
@@ -226,8 +227,8 @@ class Transaction:
         if not isinstance(data, bytes | bytearray | memoryview):
             raise InvalidInputError(f"add_bytes takes bytes, not {type(data).__name__}")
         if not self._done:
+            self._seed()
             self._put(at, upload.add_bytes(at, data, base=self._base_row(at)))
-            self._claims.setdefault(at, False)
 
     def add_url(self, at: str, url: str, *, size: int | None = None, checksum: str = "") -> None:
         """Record a URL at ``at``; its bytes stay where they are and are not read.
@@ -245,7 +246,6 @@ class Transaction:
         size, checksum = url_facts(url, size, checksum, self._repo.place)
         if not self._done:
             self._put(at, Located(UrlRow(at, url, size, checksum), ()))
-            self._claims.setdefault(at, False)
 
     def copy(self, address: str, path: str = "", at: str | None = None) -> None:
         """Put assets of another version of this repository here; no bytes are moved.
@@ -276,7 +276,7 @@ class Transaction:
                 check_path(place)
             moved = relabel(located, place)
             upload.hits.update(containers_of(self._repo.reader, moved))
-            self._put(place, moved)
+            self._puts[place] = moved
         self._claims[target] = one is None or self._claims.get(target, False)
         self._requires.update(version.requires)
         if version.address not in self._used:
@@ -320,7 +320,9 @@ class Transaction:
         return self._upload
 
     def _put(self, path: str, located: Located) -> None:
+        """Put one asset, and claim its path."""
         self._puts[path] = located
+        self._claims.setdefault(path, False)
 
     def _report(self, put: int) -> None:
         if self.progress is not None:
@@ -337,17 +339,10 @@ class Transaction:
         return None if self._base is None else Tree(self._nodes, root_of(self._base.root))
 
     def _base_row(self, path: str) -> Located | None:
-        self._seed()
         found = self._base_rows.get(path)
         if found is None and (tree := self._tree()) is not None:
             found = tree.get(path)
         return found
-
-    def _load_base_rows(self, prefix: str) -> None:
-        self._seed()
-        tree = self._tree()
-        if tree is not None:
-            self._base_rows.update((located.row.path, located) for located in tree.under(prefix))
 
     def _seed(self) -> None:
         """Offer the base's chunks for sharing, as far as few requests reach."""
@@ -378,9 +373,7 @@ class Transaction:
             return dict(self._puts)
         edits: dict[str, Located | None] = {}
         for path, located in self._puts.items():
-            old = self._base_rows.get(path)
-            if old is None:
-                old = tree.get(path)
+            old = self._base_row(path)
             if old is not located and not same_asset(old, located):
                 edits[path] = located
         for claim, prefix in self._claims.items():

@@ -267,7 +267,8 @@ class LocalObjectStore:
             try:
                 os.mkdir(folder)
             except FileExistsError:
-                if not os.path.isdir(folder):
+                # One look: a delete may take it away right now, which is FileNotFoundError and tried again.
+                if not S_ISDIR(os.stat(folder).st_mode):
                     raise NotADirectoryError(errno.ENOTDIR, "not a directory") from None
             self._sync_directory(parent)
         self._ready.add(folder)

@@ -147,7 +147,12 @@ def test_scalars_of_one_step_are_one_event(run):
 
 def test_hyperparameters_are_text(run):
     """In the Text tab: JSON in an indented block, so that Markdown changes nothing."""
-    hparams = {"optimizer": {"lr": 0.001, "name": "adam|w"}, "layers": [1, 2], "__note__": "größer\nals\u2028x", "none": None}
+    hparams = {
+        "optimizer": {"lr": 0.001, "name": "adam|w"},
+        "layers": [1, 2],
+        "__note__": "größer\nals\u2028x",
+        "none": None,
+    }
     logger = start(run)
     logger.log_hparams(hparams)
     logger.close()

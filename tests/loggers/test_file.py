@@ -318,6 +318,23 @@ def test_lines_of_threads_are_whole(run, own_streams):
     assert sorted(streams[0].getvalue().split()) == sorted(line.removeprefix("[stdout] ") for line in printed)
 
 
+def test_a_signal_handler_may_print_at_any_moment(run):
+    """Also when it comes while its own thread writes a line."""
+    logger = start(run)
+
+    def interrupted():
+        with logger._log.appending():
+            print("handler")
+            logger._log.write("line\n")
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    logger.close()
+    assert text(run) == "[stdout] handler\nline\n"
+
+
 def test_printing_while_it_closes_never_writes_to_another_file(run, tmp_path):
     """A thread that is on its way to the log finds it closed, though its descriptor has a new owner."""
     logger = start(run)

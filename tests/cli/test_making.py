@@ -175,6 +175,20 @@ def test_add_leaves_the_embedded_repository_out(net):
     assert {entry["path"].partition("/")[0] for entry in net.json("ls", "-r", "all")} == {"out"}
 
 
+def test_what_get_wrote_can_be_added(net):
+    """The reserved folder of a version, which `get` writes too, is no hindrance, and nothing has changed."""
+    with mandapa.open(".mandapa").artifact("net").transaction() as txn:
+        txn.add_bytes(".mandapa/run.json", b"{}", reserved=True)
+    net("get", "net", "copy")
+    assert Path("copy/.mandapa/run.json").read_text() == "{}"
+    [value] = net.json("add", "net", "copy")
+    assert (value["made"], value["number"]) == (False, 2)
+    Path("copy/run.sh").unlink()
+    [value] = net.json("add", "net", "copy")
+    assert value["changes"] == {"added": 0, "removed": 1, "changed": 0}
+    assert ".mandapa/run.json" in [entry["path"] for entry in net.json("ls", "-r", "net")]
+
+
 def test_rm_makes_a_version_without(net):
     """Files and folders; older versions keep them."""
     [value] = net.json("rm", "net", "logs", "run.sh", "-m", "gone", "--meta", "why=old")

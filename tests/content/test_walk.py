@@ -135,12 +135,22 @@ def test_names_that_no_version_can_hold(tmp_path):
         assert part in str(error.value)
 
 
-def test_embedded_repository_is_left_out(tmp_path):
-    """`.mandapa` is skipped where it is a repository, and refused where it is not."""
-    make(tmp_path, "a", ".mandapa/mandapa.json", ".mandapa/packs/x")
-    assert paths(tmp_path) == ["a"]
+def test_the_reserved_folder_is_left_out(tmp_path):
+    """`.mandapa` in the walked folder itself is skipped, a repository or not; deeper, it is a folder like any other."""
+    make(tmp_path, "a", ".mandapa/mandapa.json", ".mandapa/packs/x", "d/.mandapa/run.json")
+    assert paths(tmp_path) == ["a", "d/.mandapa/run.json"]
     (tmp_path / ".mandapa/mandapa.json").unlink()
-    with pytest.raises(InvalidInputError, match="mandapa"):
+    assert paths(tmp_path) == ["a", "d/.mandapa/run.json"]
+    assert paths(tmp_path / "d") == []
+    (tmp_path / ".mandapa").rename(tmp_path / "elsewhere")
+    (tmp_path / ".mandapa").symlink_to("elsewhere")
+    assert paths(tmp_path) == ["a", "d/.mandapa/run.json", "elsewhere/packs/x"]
+
+
+def test_a_file_cannot_have_the_reserved_name(tmp_path):
+    """It is named, as other names that no version can hold."""
+    make(tmp_path, "a", ".mandapa")
+    with pytest.raises(InvalidInputError, match=r"'\.mandapa'"):
         walk(tmp_path)
 
 

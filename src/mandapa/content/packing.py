@@ -355,29 +355,23 @@ class Placer:
             first = last
 
     def place_all(
-        self, batches: Iterable[Batch], known: dict[bytes, Piece], asset: Hasher, skip: int
+        self, batches: Iterable[Batch], known: dict[bytes, Piece], asset: Hasher
     ) -> list[tuple[bytes, Chunk]]:
         """Place chunks, in order; reading, hashing and encoding run in other threads.
 
         Args:
             batches: The chunks.
             known: Chunks of the base row.
-            asset: Is fed with all bytes but the first ``skip``.
-            skip: Bytes that ``asset`` has seen already.
+            asset: Is fed with all bytes: what is hashed is what is stored.
         """
         self._map_seeds()
         placed: list[tuple[bytes, Chunk]] = []
         waiting: deque[tuple[Batch, Future[list[_Taken]]]] = deque()
-        seen = skip
 
         def settle() -> None:
-            nonlocal seen
             batch, future = waiting.popleft()
             taken = future.result()
-            size = batch.ends[-1]
-            if seen < size:
-                asset.update(memoryview(batch.buffer)[seen:size])
-            seen = max(0, seen - size)
+            asset.update(memoryview(batch.buffer)[: batch.ends[-1]])
             placed.extend([(one.hash, self._settle(one)) for one in taken])
             if len(batch.buffer) == _BUFFER:
                 self._buffers.append(batch.buffer)

@@ -6,20 +6,20 @@ import os
 import stat as stat_
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
-from itertools import accumulate
 from typing import NamedTuple
 
 import msgspec
 
 from mandapa.content.codecs import Mode
-from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, growing_cuts, structured_cuts
+from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
+from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
+from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
 from mandapa.content.packing import Packer, Placer
 from mandapa.content.transfer import RowMaker, bare, pieces_of, read_pieces
 from mandapa.content.tree import Located, NodeReader
-from mandapa.content.walk import Found, check_unchanged, explain, explained, file_mode, read_small
+from mandapa.content.walk import Found, check_unchanged, explain, explained, file_mode, is_still, read_small
 from mandapa.digest import Hasher, digest
 from mandapa.errors import (
     AccessDeniedError,
@@ -35,12 +35,17 @@ from mandapa.object_store.base import Buffer, ObjectStore
 __all__ = ["Upload"]
 
 _EMPTY = digest(b"")
-_READ = 2 << 20
-_GROWING_MIN = 1 << 20
 _GROUP = 2048  # files of which the rows are made together
 _SMALL_BYTES = 4 << 20  # of small files that are held until their chunks are looked up together
 _KEEP = 64 << 20  # of bytes that were given, not read from files, and may have to be stored again
 _OPEN = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+class _Start(NamedTuple):
+    """The first bytes of a file that may grow."""
+
+    file: str
+    length: int
 
 
 class _Small(NamedTuple):
@@ -98,7 +103,7 @@ class Upload:
         self._nodes = nodes or NodeReader(store, keep=256, on_leaf=index.feed)
         self._rows = RowMaker(self._packer, index, self._nodes)
         self._cutter = Cutter()
-        self._sources: dict[str, str | bytes] = {}
+        self._sources: dict[str, str | _Start | bytes] = {}
         self._kept = 0
 
     @property
@@ -148,7 +153,7 @@ class Upload:
         stat: os.stat_result | None = None,
         *,
         base: Located | None = None,
-        digest_hint: bytes | None = None,
+        length: int | None = None,
     ) -> Located:
         """The row of a file, its bytes on their way into the store.
 
@@ -158,28 +163,25 @@ class Upload:
             stat: Of the file, if at hand: where the index knows that it has not changed since it was hashed, and its
                 bytes are in the base row or in the repository, it is not read.
             base: The row at that path in the version that this one is made from.
-            digest_hint: The file's digest where the caller has asked the index (`Index.known_files`) already.
+            length: Take exactly so many of its first bytes; then it may be appended to meanwhile.
 
         Raises:
             NotFoundError: The file is gone.
             AccessDeniedError: It may not be read.
-            InvalidInputError: Not a file; or it changed while it was added, and nothing of it is kept.
+            InvalidInputError: Not a file; or it changed while it was added, or has fewer bytes than ``length``, and
+                nothing of it is kept.
             StorageError: A put failed, or the disk did.
         """
         self._check()
         source = os.path.abspath(source)
-        if stat is not None:
-            if digest_hint is None:
-                digest_hint = self._index.known_file(source, stat)
-            if digest_hint is not None:
-                located = self._reuse(
-                    at, stat.st_size, file_mode(stat), digest_hint, base, self._placer.find([digest_hint])
-                )
-                if located is not None:
-                    self._sources[at] = source
-                    return located
-        located = self._read_file(source, at, base)
-        self._sources[at] = source
+        located = None
+        if stat is not None and length in (None, stat.st_size):
+            known = self._index.known_file(source, stat)
+            if known is not None:
+                located = self._reuse(at, stat.st_size, file_mode(stat), known, base, self._placer.find([known]))
+        if located is None:
+            located = self._read_file(source, at, base, length)
+        self._sources[at] = source if length is None else _Start(source, length)
         return located
 
     def add_files(
@@ -311,7 +313,7 @@ class Upload:
             return base
         return Located(msgspec.structs.replace(row, path=at, mode=mode), base.table)
 
-    def _read_file(self, source: str, at: str, base: Located | None) -> Located:
+    def _read_file(self, source: str, at: str, base: Located | None, length: int | None = None) -> Located:
         with explained(source):
             started = self._clock()
             fd = os.open(source, _OPEN)
@@ -319,14 +321,19 @@ class Upload:
                 before = os.fstat(fd)
                 if not stat_.S_ISREG(before.st_mode):
                     raise InvalidInputError(f"{source} is not a file")
-                content = FileSource(fd, size=before.st_size)
+                content = FileSource(fd, size=before.st_size) if length is None else StartSource(fd, length, source)
                 if content.size < STRUCTURED_MIN:
-                    data = read_small(fd, content.size, source)
+                    small = read_small(fd, content.size, source) if length is None else read_some(content, 0, length)
+                    data = bytes(small)
                     located = self._place_small([_Small(0, at, file_mode(before), data, digest(data))], [base])[0]
                 else:
                     located = self._take(content, at, file_mode(before), base)
                 assert isinstance(located.row, (FileRow, LargeFileRow))
-                if check_unchanged(fd, before, located.row.digest, source):
+                if length is None:
+                    known = check_unchanged(fd, before, located.row.digest, source)
+                else:  # more may have come; what was hashed is the whole file only if nothing has
+                    known = length == before.st_size and is_still(before, os.fstat(fd))
+                if known:
                     self._index.remember_file(source, before, located.row.digest, started)
             finally:
                 os.close(fd)
@@ -431,31 +438,20 @@ class Upload:
 
     def _take(self, source: Source, at: str, mode: int, base: Located | None) -> Located:
         """The row of a source that may have several chunks."""
-        if base is not None and isinstance(base.row, UrlRow):
-            base = None
-        old = self._pieces_of_base(base)
+        row = None if base is None or isinstance(base.row, UrlRow) else base.row
+        old = [] if row is None else self._pieces_of_base(base)
         known = {piece.hash: piece for piece in old}
-        asset = Hasher()
-        kept: list[Piece] = []
-        cuts: list[int] | None = None
-        hashed = start = 0
-        if base is not None and old and self._has_grown(source, base, old, asset):
-            hashed = sum([piece.raw for piece in old])
-            cuts = growing_cuts(source.size, _ends(old))
-            kept = old[: _common(cuts, _ends(old))]
-            start = cuts[len(kept) - 1] if kept else 0
-        else:
-            asset = Hasher()
-        if cuts is None:
-            cuts = structured_cuts(source)
+        growth = None if row is None else growth_since(source, row, old, self._placer.submit)
+        if growth is None:
+            growth = Growth(structured_cuts(source), [], 0, Hasher())
+        cuts, kept, start, asset = growth
         if cuts is not None:  # then the threads that hash can read as well
             batches = self._placer.from_cuts(source, at, cuts, start)
         else:
             batches = self._placer.from_views(self._cutter.cut(source, at))
-        chunks = self._adopt_all(kept)
-        chunks += self._placer.place_all(batches, known, asset, hashed - start)
+        chunks = self._adopt_all(kept) + self._placer.place_all(batches, known, asset)
         digest_ = asset.digest()
-        if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == digest_:
+        if base is not None and row is not None and row.digest == digest_:
             located = self._relabel(base, at, mode)
             if located is not None:
                 return located
@@ -474,38 +470,6 @@ class Upload:
             return []
         self._placer.inherit(containers)
         return pieces
-
-    def _has_grown(self, source: Source, base: Located, old: list[Piece], asset: Hasher) -> bool:
-        """Whether the source starts with all bytes of the base; ``asset`` has hashed exactly them then."""
-        row = base.row
-        assert isinstance(row, (FileRow, LargeFileRow))
-        if source.size < _GROWING_MIN or not 0 < row.size < source.size or sum([p.raw for p in old]) != row.size:
-            return False
-        # The last and the first chunk tell at once in nearly every case that it is another file.
-        for piece, offset in ((old[-1], row.size - old[-1].raw), (old[0], 0)):
-            view = memoryview(bytearray(piece.raw))
-            if source.readinto(offset, view) != piece.raw or digest(view) != piece.hash:
-                return False
-        self._hash_prefix(source, row.size, asset)
-        return bool(asset.digest() == row.digest)
-
-    def _hash_prefix(self, source: Source, size: int, asset: Hasher) -> None:
-        """Hash the first bytes of a source, while the next ones are read."""
-        views = [memoryview(bytearray(_READ)), memoryview(bytearray(_READ))]
-        hashing: Future[object] | None = None
-        at = turn = 0
-        while at < size:
-            view = views[turn][: min(size - at, _READ)]
-            got = source.readinto(at, view)
-            if hashing is not None:
-                hashing.result()
-            if got != len(view):
-                return
-            hashing = self._placer.submit(asset.update, view)
-            at += got
-            turn ^= 1
-        if hashing is not None:
-            hashing.result()
 
     def _adopt_all(self, pieces: Sequence[Piece]) -> list[tuple[bytes, Chunk]]:
         return [(piece.hash, self._placer.adopt(piece)) for piece in pieces]
@@ -539,6 +503,8 @@ class Upload:
         try:
             if isinstance(source, bytes):
                 again = self.add_bytes(row.path, source)
+            elif isinstance(source, _Start):
+                again = self._read_file(source.file, row.path, None, source.length)
             elif source is not None:
                 again = self._read_file(source, row.path, None)
             else:
@@ -548,8 +514,7 @@ class Upload:
         if again is None or isinstance(again.row, UrlRow) or again.row.digest != row.digest:
             raise ConflictError(
                 f"bytes of {row.path!r} that the repository held were deleted meanwhile, and "
-                f"{source if isinstance(source, str) else 'their source'} does not have them any more: "
-                "run the transaction again",
+                f"{_name(source)} does not have them any more: run the transaction again",
                 paths=(row.path,),
             )
         if again.row.mode == row.mode:
@@ -563,6 +528,12 @@ class Upload:
             raise ClosedError("this upload belongs to the process that forked this one: make one here")
 
 
+def _name(source: str | _Start | bytes | None) -> str:
+    if isinstance(source, _Start):
+        return source.file
+    return source if isinstance(source, str) else "their source"
+
+
 def _differs(digest_: bytes, base: Located | None) -> bool:
     return base is None or isinstance(base.row, UrlRow) or base.row.digest != digest_
 
@@ -571,17 +542,3 @@ def _numbers(row: FileRow | LargeFileRow) -> list[int]:
     if isinstance(row, LargeFileRow):
         return [part.container for part in row.parts]
     return [chunk.container for chunk in row.chunks]
-
-
-def _ends(pieces: Sequence[Piece]) -> list[int]:
-    return list(accumulate([piece.raw for piece in pieces]))
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many values stand at the start of both."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count

@@ -11,13 +11,11 @@ from typing import NamedTuple
 
 from mandapa.digest import Hasher
 from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError, NotFoundError, StorageError
-from mandapa.format.keys import MARKER
-from mandapa.format.strict import check_path
+from mandapa.format.strict import RESERVED, check_path
 
-__all__ = ["Found", "check_unchanged", "explain", "explained", "file_mode", "read_small", "walk"]
+__all__ = ["Found", "check_unchanged", "explain", "explained", "file_mode", "is_still", "read_small", "walk"]
 
 _NAMED = 10  # bad entries that one error names
-_REPOSITORY = ".mandapa"
 _READ = 1 << 20
 
 
@@ -40,8 +38,8 @@ def file_mode(stat_: os.stat_result) -> int:
 def walk(folder: str | os.PathLike[str], *, skip_special: bool = False) -> list[Found]:
     """Every file at or below ``folder``, sorted by path; nothing is opened, each file is stat'ed once.
 
-    A symlink to a file stands for the file, one to a folder is followed. An embedded repository (``.mandapa`` with a
-    marker in it, directly in ``folder``) is left out, as it would hold itself.
+    A symlink to a file stands for the file, one to a folder is followed. A folder ``.mandapa`` directly in ``folder``,
+    which is reserved, is left out: it is an embedded repository, or what getting a version wrote there.
 
     Args:
         folder: The folder; its own name is not part of the paths.
@@ -109,7 +107,7 @@ class _Walk:
         except OSError as error:
             raise AccessDeniedError(f"cannot read the folder {folder}: {error.strerror}") from error
         for path, source, found in folders:
-            if path == _REPOSITORY and os.path.exists(os.path.join(source, MARKER)):
+            if path == RESERVED:
                 continue
             identity = (found.st_dev, found.st_ino)
             if identity in above:
@@ -125,7 +123,7 @@ class _Walk:
         if self._names:
             raise InvalidInputError(
                 f"names that a version cannot hold: {_some(self._names)}: rename them (no control characters, "
-                "backslashes or bytes that are not UTF-8, 255 bytes a name and 1,024 a path, nothing in '.mandapa')"
+                "backslashes or bytes that are not UTF-8, 255 bytes a name and 1,024 a path, no file '.mandapa')"
             )
 
 
@@ -155,6 +153,15 @@ def read_small(fd: int, size: int, source: str) -> bytes:
     return data
 
 
+def is_still(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether size and times say that a file did not change."""
+    return (
+        after.st_size == before.st_size
+        and after.st_mtime_ns == before.st_mtime_ns
+        and after.st_ctime_ns == before.st_ctime_ns
+    )
+
+
 def check_unchanged(fd: int, before: os.stat_result, digest_: bytes, source: str) -> bool:
     """Whether the times of an open file say that it did not change since ``before``.
 
@@ -164,12 +171,12 @@ def check_unchanged(fd: int, before: os.stat_result, digest_: bytes, source: str
         InvalidInputError: It has changed.
     """
     after = os.fstat(fd)
-    if after.st_size == before.st_size and after.st_mtime_ns == before.st_mtime_ns:
-        if after.st_ctime_ns == before.st_ctime_ns:
-            return True
-        # Only its inode moved: another name came or went (a rotated checkpoint does that), or a mode. Or not.
-        if _hash_file(fd) == digest_:
-            return False
+    if is_still(before, after):
+        return True
+    # When only its inode moved, another name came or went (a rotated checkpoint does that), or a mode. Or not.
+    same = after.st_size == before.st_size and after.st_mtime_ns == before.st_mtime_ns
+    if same and _hash_file(fd) == digest_:
+        return False
     raise InvalidInputError(f"{source} changed while it was added: add files that nobody writes any more")
 
 

@@ -15,6 +15,7 @@ from mandapa.format.strict import (
     CHUNK_MAX,
     CONTAINER_MAX,
     INT_MAX,
+    RESERVED,
     check_prefix,
     check_url,
     open_frame,
@@ -254,7 +255,7 @@ def _check_node(node: Node) -> None:
     last = ""
     for row in node.rows:
         path = row.path
-        if path <= last or path == ".mandapa":
+        if path <= last or path == RESERVED:
             raise _BrokenError(f"the order of {path!r}" if path <= last else "a file where a reserved folder is")
         last = path
         check_prefix(path)

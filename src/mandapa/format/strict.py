@@ -29,11 +29,13 @@ __all__ = [
     "NAME_MAX",
     "PATH_MAX",
     "RECORD_MAX",
+    "RESERVED",
     "URL_MAX",
     "check_label",
     "check_name",
     "check_path",
     "check_prefix",
+    "check_reserved",
     "check_url",
     "is_id",
     "open_frame",
@@ -59,6 +61,9 @@ URL_MAX = 4096
 CHECKSUM_MAX = 255
 INT_MAX = (1 << 53) - 1
 """The largest integer of the format: every JSON reader holds it exactly."""
+
+RESERVED = ".mandapa"
+"""The folder of a version that holds what the format, or a feature of it, defines, and no assets of users."""
 
 BAD_BYTES = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no value of the type asked for."""
@@ -123,8 +128,15 @@ def check_path(path: str) -> str:
     check_prefix(path)
     if not path:
         raise InvalidInputError("a path must not be empty")
-    if path == ".mandapa" or path.startswith(".mandapa/"):
-        raise InvalidInputError(f"{shown(path)}: the folder '.mandapa' is reserved")
+    if path == RESERVED or path.startswith(f"{RESERVED}/"):
+        raise InvalidInputError(f"{shown(path)}: the folder '{RESERVED}' is reserved")
+    return path
+
+
+def check_reserved(path: str) -> str:
+    """``path`` if it can be the path of an asset in the reserved folder, else `InvalidInputError`."""
+    if not check_prefix(path).startswith(f"{RESERVED}/"):
+        raise InvalidInputError(f"{shown(path)} is not inside the reserved folder '{RESERVED}'")
     return path
 
 

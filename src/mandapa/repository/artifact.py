@@ -72,14 +72,16 @@ class Artifact:
         message: str = "",
         metadata: Mapping[str, Any] | None = None,
         *,
-        base: Literal["latest"] | None = "latest",
+        base: Literal["latest"] | int | Version | None = "latest",
         on_conflict: Literal["raise", "ours"] = "raise",
         txn_id: str | None = None,
     ) -> Transaction:
         """Gather changes that become one version when the ``with`` block ends, or nothing.
 
-        ``base=None`` starts empty: the version is what is added, and never conflicts. ``txn_id`` (32 hex digits) makes
-        the commit idempotent: a second transaction of the same id finds the first one's version.
+        ``base=None`` starts empty: the version is what is added, and never conflicts. A live version as the base (its
+        number, or a `Version`) stays the base: the version is that one with these changes, whatever else is committed
+        in between, and conflicts only when the base is deleted. ``txn_id`` (32 hex digits) makes the commit idempotent:
+        a second transaction of the same id finds the first one's version.
 
         Raises:
             InvalidInputError: A message above 4 KiB, or metadata above 16 KiB or that JSON cannot hold.
@@ -126,19 +128,20 @@ class Artifact:
             InvalidInputError: Not a reference, or a digest that several versions' digests start with.
         """
         log = self.open_log()
-        return Version(self, log, self._resolve(log.state, ref))
+        return Version(self, log, self.look_up(log.state, ref))
 
     def resolve(self, address: Address) -> Version:
         """The version that a parsed address names."""
         log = self.open_log()
-        return Version(self, log, self._resolve(log.state, address.ref, address.back), address.path)
+        return Version(self, log, self.look_up(log.state, address.ref, address.back), address.path)
 
     def deleted(self) -> list[Version]:
         """Deleted versions, oldest first; their bytes may be gone."""
         log = self.open_log()
         return [Version(self, log, version) for version in log.state.versions.values() if version.deleted is not None]
 
-    def _resolve(self, state: ArtifactState, ref: int | str | Version, back: int = 0) -> VersionState:
+    def look_up(self, state: ArtifactState, ref: int | str | Version, back: int = 0) -> VersionState:
+        """The live version of ``state`` that a reference names; raises as `version`. For the layers of this package."""
         ref = self._own(state, ref)
         if isinstance(ref, str):
             ref, more = parse_ref(ref)
@@ -241,7 +244,7 @@ class Artifact:
 
         def build(state: ArtifactState) -> Iterable[Op]:
             if version is not None:
-                return [op(name, self._resolve(state, version).op.number)]
+                return [op(name, self.look_up(state, version).op.number)]
             if name not in (state.aliases if op is AliasOp else state.tags):
                 raise NotFoundError(f"{self.name} has no {kind} {name!r}")
             return [op(name, None)]
@@ -265,7 +268,7 @@ class Artifact:
 
         def build(state: ArtifactState) -> Iterable[Op]:
             # "latest" and "best" mean what they mean at first, not whatever they name after a lost race.
-            numbers[:] = sorted({self._resolve(state, version).op.number for version in numbers or versions})
+            numbers[:] = sorted({self.look_up(state, version).op.number for version in numbers or versions})
             for number in numbers:
                 if names := state.names_of(number):
                     raise ConflictError(f"{self.name}:v{number} is {', '.join(names)}: move or drop that first")

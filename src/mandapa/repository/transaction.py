@@ -3,67 +3,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from mandapa.address import parse_address
 from mandapa.content.edit import TreeRoot, edit_tree
-from mandapa.content.tree import Located, NodeReader, Tree, differences, same_asset
+from mandapa.content.tree import Located
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
 from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
-from mandapa.format.manifest import Branch, Leaf, Node, NodeAddress, UrlRow
+from mandapa.format.manifest import UrlRow
 from mandapa.format.records import AliasOp, FenceOp, Op, Record, VersionOp
-from mandapa.format.strict import check_label, check_path, check_prefix
+from mandapa.format.strict import RESERVED, check_label, check_path, check_prefix, check_reserved
 from mandapa.object_store.base import Buffer
+from mandapa.repository.base import Base
+from mandapa.repository.best import Contest, Mode
+from mandapa.repository.changes import Changes
 from mandapa.repository.log import Log
 from mandapa.repository.metadata import clean_message, clean_metadata
 from mandapa.repository.packs import condemned_or_missing, containers_of
-from mandapa.repository.paths import above, folders_of
 from mandapa.repository.state import ArtifactState, VersionState
 from mandapa.repository.urls import check_url, url_facts
-from mandapa.repository.version import Version, address_of, relabel, root_of
+from mandapa.repository.version import Version, address_of, relabel
 
 if TYPE_CHECKING:
     from mandapa.repository.artifact import Artifact
 
 __all__ = ["Transaction"]
 
-SEED_LEAVES = 64
-"""Leaves of the base version that are read for chunks to share, at most."""
-
 
 class _NothingToDoError(Exception):
     """Another commit made the version that this transaction would make."""
-
-
-class _Nodes(NodeReader):
-    """The repository's nodes for one transaction: a base that was deleted and swept meanwhile is a conflict."""
-
-    def __init__(self, shared: NodeReader, name: str) -> None:
-        self._shared = shared
-        self._name = name
-
-    def load(self, address: NodeAddress) -> Node:
-        with self._conflict():
-            return self._shared.load(address)
-
-    def digest(self, address: NodeAddress) -> bytes:
-        with self._conflict():
-            return self._shared.digest(address)
-
-    def remember(self, hash_: bytes, node: Node) -> None:
-        self._shared.remember(hash_, node)
-
-    @contextmanager
-    def _conflict(self) -> Iterator[None]:
-        try:
-            yield
-        except NotFoundError as error:
-            raise ConflictError(
-                f"{self._name}: the version that this transaction starts from was deleted meanwhile; run it again"
-            ) from error
 
 
 class Transaction:
@@ -87,12 +58,15 @@ class Transaction:
         message: str,
         metadata: Mapping[str, Any] | None,
         *,
-        base: Literal["latest"] | None,
+        base: Literal["latest"] | int | Version | None,
         on_conflict: Literal["raise", "ours"],
         txn_id: str,
     ) -> None:
-        if base not in ("latest", None):
-            raise InvalidInputError(f"base={base!r}: a transaction starts from 'latest' or, with None, from nothing")
+        if isinstance(base, bool) or not (base is None or base == "latest" or isinstance(base, int | Version)):
+            raise InvalidInputError(
+                f"base={base!r}: a transaction starts from 'latest', from a version that a number or a Version names, "
+                "or, with None, from nothing"
+            )
         if on_conflict not in ("raise", "ours"):
             raise InvalidInputError(f"on_conflict={on_conflict!r}: use 'raise' or 'ours'")
         self.id = txn_id
@@ -105,21 +79,17 @@ class Transaction:
         """After the block: whether ``version`` is this transaction's own, and not its base."""
         self._artifact = artifact
         self._repo = artifact.repository
-        self._nodes = _Nodes(self._repo.reader, artifact.name)
         self._log: Log[ArtifactState] | None = None
         self._message = clean_message(message)
         self._metadata = clean_metadata(metadata)
-        self._follow = base == "latest"
+        self._start = base
         self._ours = on_conflict == "ours"
-        self._aliases: list[str] = []
-        self._used: list[str] = []
+        self._aliases: dict[str, Contest | None] = {}
+        self._used: dict[str, None] = {}  # in the order in which they came
         self._requires: set[str] = set()
-        self._puts: dict[str, Located] = {}
-        self._claims: dict[str, bool] = {}  # path -> whether it claims all below it too
-        self._base: VersionState | None = None
+        self._changes = Changes()
+        self._base = Base(None, self._repo.reader, artifact.name)
         self._bases: list[VersionState] = []
-        self._base_rows: dict[str, Located] = {}
-        self._overrides: set[str] = set()
         self._since = 0
         self._fenced = False
         self._root: TreeRoot | None = None
@@ -131,7 +101,12 @@ class Transaction:
     # -- the block ----------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Transaction:
-        """Read the log to its tail: the base is fixed from here on, and what is put now is put after that."""
+        """Read the log to its tail: the base is fixed from here on, and what is put now is put after that.
+
+        Raises:
+            NotFoundError: The artifact was removed; or the version to start from is not there, or was deleted.
+            InvalidInputError: The version to start from is of another artifact.
+        """
         if self._upload is not None or self._over:
             raise ClosedError("a transaction is used once")
         log = self._log = self._artifact.find_log()
@@ -143,8 +118,10 @@ class Transaction:
                 self._finish(log, record)
             if state.closed:
                 raise NotFoundError(f"the artifact {self._artifact.name!r} was removed")
-            if self._follow:
-                self._take_base(state.latest())
+            if not self._done:
+                self._take_base(self._first_base(state))
+        elif isinstance(self._start, int | Version):
+            raise self._repo.no_artifact(self._artifact.name)
         self._upload = Upload(
             self._repo.store,
             index=self._repo.index,
@@ -178,20 +155,33 @@ class Transaction:
 
     # -- changes ------------------------------------------------------------------------------------------------------
 
-    def add(self, path: str | os.PathLike[str], at: str | None = None, *, skip_special: bool = False) -> None:
+    def add(
+        self,
+        path: str | os.PathLike[str],
+        at: str | None = None,
+        *,
+        skip_special: bool = False,
+        length: int | None = None,
+    ) -> None:
         """Put a file at ``at`` (default: its name), or a folder's contents under ``at`` (default: the root).
 
         A folder takes the whole prefix: what the base has there and the folder has not is dropped, so that getting the
         version gives the folder back. What this transaction added before stays. Symlinks to files are read as files, to
-        folders followed. Files that did not change since they were last added are not read again.
+        folders followed. Files that did not change since they were last added are not read again. A folder ``.mandapa``
+        directly in the folder is left out, and what the base has of that name stays.
+
+        With ``length`` exactly so many of a file's first bytes are put, and the file may be appended to meanwhile.
 
         Raises:
             NotFoundError: Nothing is at ``path``, or it vanished meanwhile.
             InvalidInputError: A path that no version can hold, a dangling link, a socket, a device (``skip_special``
-                leaves these out), a cycle of links, or a file that changed while it was read.
+                leaves these out), a cycle of links, a file that changed while it was read, or one of fewer bytes than
+                ``length``; a ``length`` that is none, or that is given for a folder.
             StorageError: The store failed.
         """
         upload = self._open()
+        if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 0):
+            raise InvalidInputError(f"length={length!r}: a number of bytes, 0 or more")
         if self._done:
             return
         source = os.fspath(path)
@@ -200,35 +190,45 @@ class Transaction:
         if not os.path.isdir(source):
             target = check_path(os.path.basename(os.path.abspath(source)) if at is None else at)
             self._seed()
-            self._put(target, upload.add_file(source, target, os.stat(source), base=self._base_row(target)))
+            stat, row = os.stat(source), self._base.row(target)
+            self._changes.put(target, upload.add_file(source, target, stat, base=row, length=length))
             return
+        if length is not None:
+            raise InvalidInputError(f"{source!r} is a folder: a length goes with a file")
         prefix = check_prefix(at or "")
         if prefix:
             check_path(prefix)
         found = walk(source, skip_special=skip_special)
         self._seed()
-        if (tree := self._tree()) is not None:
-            self._base_rows.update((located.row.path, located) for located in tree.under(prefix))
+        base, changes = self._base, self._changes
+        base.read(prefix)
+        if not prefix:
+            changes.keep(base.under(RESERVED))
         below = f"{prefix}/" if prefix else ""
         targets = [(below + item.path, item) for item in found]
-        for (target, _), located in zip(targets, upload.add_files(targets, self._base_rows.get), strict=True):
-            self._puts[target] = located
-        self._claims[prefix] = True
+        for (target, _), located in zip(targets, upload.add_files(targets, base.known_row), strict=True):
+            changes.puts[target] = located
+        changes.claim(prefix, below=True)
 
-    def add_bytes(self, at: str, data: Buffer) -> None:
+    def add_bytes(self, at: str, data: Buffer, *, reserved: bool = False) -> None:
         """Put ``data`` at ``at``.
 
+        With ``reserved`` it goes into the folder ``.mandapa/``, where only the format, and features of it, put assets.
+
         Raises:
-            InvalidInputError: A path that no version can hold.
+            InvalidInputError: A path that no version can hold; or one that is reserved, or not, unlike ``reserved``.
             StorageError: The store failed.
         """
         upload = self._open()
-        check_path(at)
+        if reserved:
+            check_reserved(at)
+        else:
+            check_path(at)
         if not isinstance(data, bytes | bytearray | memoryview):
             raise InvalidInputError(f"add_bytes takes bytes, not {type(data).__name__}")
         if not self._done:
             self._seed()
-            self._put(at, upload.add_bytes(at, data, base=self._base_row(at)))
+            self._changes.put(at, upload.add_bytes(at, data, base=self._base.row(at)))
 
     def add_url(self, at: str, url: str, *, size: int | None = None, checksum: str = "") -> None:
         """Record a URL at ``at``; its bytes stay where they are and are not read.
@@ -245,7 +245,7 @@ class Transaction:
         check_url(url)
         size, checksum = url_facts(url, size, checksum, self._repo.place)
         if not self._done:
-            self._put(at, Located(UrlRow(at, url, size, checksum), ()))
+            self._changes.put(at, Located(UrlRow(at, url, size, checksum), ()))
 
     def copy(self, address: str, path: str = "", at: str | None = None) -> None:
         """Put assets of another version of this repository here; no bytes are moved.
@@ -276,11 +276,10 @@ class Transaction:
                 check_path(place)
             moved = relabel(located, place)
             upload.hits.update(containers_of(self._repo.reader, moved))
-            self._puts[place] = moved
-        self._claims[target] = one is None or self._claims.get(target, False)
+            self._changes.puts[place] = moved
+        self._changes.claim(target, below=one is None)
         self._requires.update(version.requires)
-        if version.address not in self._used:
-            self._used.append(version.address)
+        self._used[version.address] = None
 
     def remove(self, at: str) -> None:
         """Drop an asset, or a folder with all below it.
@@ -290,27 +289,36 @@ class Transaction:
         """
         self._open()
         check_prefix(at)
-        if self._done:
-            return
-        below = f"{at}/" if at else ""
-        mine = [path for path in self._puts if path == at or path.startswith(below)]
-        base = self._tree()
-        file = base is not None and at and base.get(at) is not None
-        folder = base is not None and next(base.under(at), None) is not None
-        if not (mine or file or folder):
-            raise NotFoundError(f"nothing is at {at!r}")
-        for path in mine:
-            del self._puts[path]
-        self._claims[at] = folder or any(path != at for path in mine) or self._claims.get(at, False)
+        if not self._done:
+            self._changes.remove(at, self._base)
 
-    def alias(self, name: str) -> None:
+    def alias(self, name: str, *, if_best: tuple[str, Mode] | None = None) -> None:
         """Let an alias name the new version, in the same record: version and alias move together.
 
+        With ``if_best=(metric, "min")``, or ``"max"``, only if the new version's ``metadata[metric]`` is a finite
+        number, and better than that of the version which the alias names by then. Equal is not better; no version, or
+        one without such a number, is no rival.
+
         Raises:
-            InvalidInputError: Not a possible alias.
+            InvalidInputError: Not a possible alias, metric or mode.
         """
         self._open()
-        self._aliases.append(check_label(name))
+        contest = None
+        if if_best is not None:
+            if not isinstance(if_best, tuple) or len(if_best) != 2:
+                raise InvalidInputError(f"if_best={if_best!r}: give a metric and 'min' or 'max', as in ('loss', 'min')")
+            contest = Contest.of(*if_best)
+        self._aliases[check_label(name)] = contest
+
+    def uses(self, address: str) -> None:
+        """Record that the new version was made from that one; no request. A version's number says for ever which.
+
+        Raises:
+            InvalidInputError: Not an address.
+        """
+        self._open()
+        parse_address(address)
+        self._used[address] = None
 
     # -- gathering ----------------------------------------------------------------------------------------------------
 
@@ -319,45 +327,30 @@ class Transaction:
             raise ClosedError("use a transaction in a 'with' block, and once")
         return self._upload
 
-    def _put(self, path: str, located: Located) -> None:
-        """Put one asset, and claim its path."""
-        self._puts[path] = located
-        self._claims.setdefault(path, False)
-
     def _report(self, put: int) -> None:
         if self.progress is not None:
             self.progress(put)
 
-    def _take_base(self, base: VersionState | None) -> None:
-        self._base = base
-        self._base_rows = {}
-        if base is not None:
-            self._repo.check_features(base.requires, f"{self._artifact.name}:v{base.op.number}")
-            self._bases.append(base)
+    def _first_base(self, state: ArtifactState) -> VersionState | None:
+        if self._start == "latest":
+            return state.latest()
+        return None if self._start is None else self._artifact.look_up(state, self._start)
 
-    def _tree(self) -> Tree | None:
-        return None if self._base is None else Tree(self._nodes, root_of(self._base.root))
+    def _as_base(self, state: VersionState | None) -> Base:
+        return Base(state, self._repo.reader, self._artifact.name)
 
-    def _base_row(self, path: str) -> Located | None:
-        found = self._base_rows.get(path)
-        if found is None and (tree := self._tree()) is not None:
-            found = tree.get(path)
-        return found
+    def _take_base(self, state: VersionState | None) -> None:
+        self._base = self._as_base(state)
+        if state is not None:
+            self._repo.check_features(state.requires, f"{self._artifact.name}:v{state.op.number}")
+            self._bases.append(state)
 
     def _seed(self) -> None:
-        """Offer the base's chunks for sharing, as far as few requests reach."""
-        tree = self._tree()
-        if self._seeded or tree is None or self._upload is None:
-            return
-        self._seeded = True
-        top = self._nodes.load(tree.root)
-        if isinstance(top, Leaf):
-            self._upload.seed(top)
-        elif isinstance(top, Branch) and top.level == 1 and len(top.rows) <= SEED_LEAVES:
-            for at in range(len(top.rows)):
-                node = tree.child(top, at)
-                assert isinstance(node, Leaf)
-                self._upload.seed(node)
+        """Offer the base's chunks for sharing."""
+        if not self._seeded and self._upload is not None:
+            self._seeded = True
+            for leaf in self._base.leaves():
+                self._upload.seed(leaf)
 
     def _register(self) -> None:
         """Rule 0: the artifact is in the catalog before anything of it is in the store."""
@@ -367,52 +360,17 @@ class Transaction:
     # -- the version --------------------------------------------------------------------------------------------------
 
     def _edits(self) -> dict[str, Located | None]:
-        """What this transaction changes in its base: path -> row, or None where it is dropped."""
-        tree = self._tree()
-        if tree is None:
-            return dict(self._puts)
-        edits: dict[str, Located | None] = {}
-        for path, located in self._puts.items():
-            old = self._base_row(path)
-            if old is not located and not same_asset(old, located):
-                edits[path] = located
-        for claim, prefix in self._claims.items():
-            if not prefix:
-                if claim not in self._puts and tree.get(claim) is not None:
-                    edits[claim] = None
-                continue
-            for located in tree.under(claim):
-                if located.row.path not in self._puts:
-                    edits[located.row.path] = None
-            if claim and claim not in self._puts and tree.get(claim) is not None:
-                edits[claim] = None
-        for path in self._overrides:
-            if path not in self._puts and tree.get(path) is not None:
-                edits[path] = None
-        return edits
+        return self._changes.upon(self._base)
 
-    def _check_shapes(self, edits: Mapping[str, Located | None]) -> None:
-        """Refuse a file where the version would also have a folder."""
-        for path in folders_of(self._puts) & self._puts.keys():
-            raise InvalidInputError(f"{path!r} cannot be a file and a folder in one version")
-        tree = self._tree()
-        if tree is None:
-            return
-        # Where the base has a file, it has no folder of that name, and no file above.
-        new = [path for path, located in edits.items() if located is not None and self._base_row(path) is None]
-        for path in folders_of(new):
-            if tree.get(path) is not None and edits.get(path, path) is not None:
-                raise InvalidInputError(f"{path!r} is a file in the base: remove it before something is added below it")
-        for path in new:
-            below = next((item for item in tree.under(path) if edits.get(item.row.path, item) is not None), None)
-            if below is not None:
-                raise InvalidInputError(f"{path!r} is a folder in the base: remove it before a file takes its place")
+    def _is_new(self, edits: Mapping[str, Located | None]) -> bool:
+        """Whether there is anything to make a version of."""
+        return bool(edits or self._message or self._metadata or self._aliases)
 
     def _commit(self, upload: Upload) -> None:
         edits = self._edits()
-        self._check_shapes(edits)
-        if not (edits or self._message or self._metadata or self._aliases):
-            self.version = self._of(self._base)
+        self._changes.check(self._base, edits)
+        if not self._is_new(edits):
+            self.version = self._of(self._base.state)
             return
         self._register()
         if upload.hits and self._secure(lambda: self._named() & upload.hits):
@@ -450,18 +408,18 @@ class Transaction:
             self._fenced = True
 
     def _ops(self, state: ArtifactState) -> Iterable[Op]:
-        """The ops for the slot after ``state``: rebased on its newest live version, packs checked after each fence."""
+        """The ops for the slot after ``state``: upon the base that is right there, packs checked after each fence."""
         if state.closed:
             raise NotFoundError(f"the artifact {self._artifact.name!r} was removed meanwhile; nothing was made")
-        if self._follow:
-            tip = state.latest()
-            if (tip and (tip.op.number, tip.root)) != (self._base and (self._base.op.number, self._base.root)):
-                self._rebase(tip)
+        if self._start == "latest":
+            self._follow(state.latest())
+        elif self._base.state is not None:
+            self._stay(self._base.state, state)
         if self._fenced:
             self._fenced = False
             if self._secure(lambda: self._doubtful(state)):
                 self._build(self._edits())
-        root, base = self._root, self._base
+        root, base = self._root, self._base.state
         assert root is not None
         assert self._upload is not None
         yield VersionOp(
@@ -476,24 +434,29 @@ class Transaction:
             metadata=self._metadata,
             requires=sorted(self._requires.union(() if base is None else base.requires)),
         )
-        for name in self._aliases:
-            yield AliasOp(name, state.next_number)
+        for name, contest in self._aliases.items():
+            rival = state.versions.get(state.aliases.get(name, -1))
+            if contest is None or contest.wins(self._metadata, rival):
+                yield AliasOp(name, state.next_number)
 
     def _build(self, edits: Mapping[str, Located | None]) -> None:
         """Write the manifest; everything it names is acknowledged when this returns."""
         assert self._upload is not None
         base = self._base
-        if base is not None and not edits:
-            op = base.op
-            self._root = TreeRoot(root_of(base.root), bytes.fromhex(op.digest), op.assets, op.bytes)
+        root = None if base.tree is None else base.tree.root
+        if root is not None and base.state is not None and not edits:
+            op = base.state.op
+            self._root = TreeRoot(root, bytes.fromhex(op.digest), op.assets, op.bytes)
             return
-        root = None if base is None else root_of(base.root)
-        self._root = edit_tree(self._nodes, self._upload, root, edits)
+        self._root = edit_tree(base.reader, self._upload, root, edits)
         self._upload.flush()
 
-    def _rebase(self, tip: VersionState | None) -> None:
+    def _follow(self, tip: VersionState | None) -> None:
         """Take the newest live version as the base, if what came in between leaves our claims alone."""
-        clash = self._clashes(self._tree(), tip)
+        new = self._as_base(tip)
+        if new.place == self._base.place:
+            return
+        clash = self._changes.clashes(self._base, new)
         if clash and not self._ours:
             named = ", ".join(clash[:5]) + (f" and {len(clash) - 5} more" if len(clash) > 5 else "")
             what = "another commit" if tip is None else f"v{tip.op.number}"
@@ -503,37 +466,29 @@ class Transaction:
             )
         self._take_base(tip)
         edits = self._edits()
-        if not (edits or self._message or self._metadata or self._aliases):
-            self.version = self._of(tip)
+        if not self._is_new(edits):
+            self.version = self._of(self._base.state)
             raise _NothingToDoError
         self._build(edits)
 
-    def _clashes(self, old: Tree | None, tip: VersionState | None) -> list[str]:
-        """Paths where what came in between and our claims do not go together; ours are noted to win."""
-        new = None if tip is None else Tree(self._nodes, root_of(tip.root))
-        folders = folders_of(self._puts)
-        clash = []
-        for before, after in differences(old, new):
-            located = after or before
-            assert located is not None
-            path = located.row.path
-            if self._claimed(path):
-                if not same_asset(self._puts.get(path), after):
-                    clash.append(path)
-            elif after is not None and (path in folders or any(folder in self._puts for folder in above(path))):
-                clash.append(path)
-                self._overrides.add(path)
-        return clash
-
-    def _claimed(self, path: str) -> bool:
-        return path in self._claims or any(self._claims.get(folder, False) for folder in above(path))
+    def _stay(self, base: VersionState, state: ArtifactState) -> None:
+        """Keep to the version that was asked for, which must be live, and is read where it is by now."""
+        now = state.versions[base.op.number]
+        if now.deleted is not None:
+            raise ConflictError(
+                f"{self._artifact.name}:v{base.op.number}, the version that this transaction starts from, was deleted "
+                f"meanwhile ({now.deleted.at}, by {now.deleted.by}); nothing was made: run it again"
+            )
+        if now.root != base.root:
+            self._take_base(now)
+            self._build(self._edits())
 
     # -- packs that may be on their way out ---------------------------------------------------------------------------
 
     def _named(self) -> set[bytes]:
         """Every container that the rows put by this transaction need."""
         named: set[bytes] = set()
-        for located in self._puts.values():
+        for located in self._changes.puts.values():
             named.update(containers_of(self._repo.reader, located))
         return named
 
@@ -571,6 +526,6 @@ class Transaction:
     def _restore(self, bad: set[bytes]) -> None:
         """Store what lies in bad containers again, in new ones."""
         assert self._upload is not None
-        for path, located in self._puts.items():
+        for path, located in self._changes.puts.items():
             if not bad.isdisjoint(containers_of(self._repo.reader, located)):
-                self._puts[path] = self._upload.restore_row(located, bad)
+                self._changes.puts[path] = self._upload.restore_row(located, bad)

@@ -221,6 +221,50 @@ def inherit_oldroot(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ArtifactState, "is_live", lambda self, n, _: n in self.versions and self.versions[n].deleted is None)
 
 
+def a_fixed_base_is_deleted_and_swept(stage: Stage) -> None:
+    """The version that we were told to start from is deleted, and swept, before our record."""
+    with suppress(ConflictError):
+        _upon_a_base_that_is_swept(stage)
+
+
+def _upon_a_base_that_is_swept(stage: Stage) -> None:
+    stage.has("a", keep=KEPT, old=stage.old)
+    stage.has("a", later=KEPT)
+
+    def meanwhile(_: object) -> None:
+        stage.others.artifact("a").delete(0)
+        stage.gc()
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    with stage.process().artifact("a").transaction(base=0, txn_id=TXN) as txn:
+        txn.add_bytes("more", b"1")
+    stage.told.append(("a", TXN, {"keep": KEPT, "old": stage.old, "more": b"1"}))
+
+
+def a_fixed_base_is_moved_and_swept(stage: Stage) -> None:
+    """It is repacked, and its old containers swept; other versions come and go."""
+    stage.has("a", keep=KEPT, old=stage.old)
+    stage.has("a", later=KEPT)
+
+    def meanwhile(_: object) -> None:
+        repack(stage.others, stage.others.artifact("a").open_log(), 0)
+        stage.has("a", latest=KEPT)
+        stage.others.artifact("a").delete(1)
+        stage.gc()
+
+    stage.store.hook("before", "create", "log/", meanwhile)
+    with stage.process().artifact("a").transaction(base=0, txn_id=TXN) as txn:
+        txn.add(stage.file, at="new")
+    stage.told.append(("a", TXN, {"keep": KEPT, "old": stage.old, "new": stage.old}))
+
+
+@rule(a_fixed_base_is_deleted_and_swept)
+@rule(a_fixed_base_is_moved_and_swept)
+def fixed_base_nocheck(patch: pytest.MonkeyPatch) -> None:
+    """A fixed base is live, and read where it is, in the state before the slot that is won."""
+    patch.setattr(Transaction, "_stay", lambda *_: None)
+
+
 def a_hit_is_gone(stage: Stage) -> None:
     """This machine remembers a chunk of a version that was deleted and swept long ago."""
     repo = _remembers_a_deleted_version(stage)
@@ -633,3 +677,12 @@ def test_without_the_rule_a_promise_is_broken(rule: Rule, tmp_path: Path, monkey
     rule.story(stage)
     with pytest.raises(BrokenPromise):
         stage.check()
+
+
+def test_a_fixed_base_that_is_swept_is_refused(tmp_path: Path) -> None:
+    """The slot after the delete is not taken: the writer is told, and no version is made."""
+    stage = Stage(tmp_path, OLD["small"])
+    with pytest.raises(ConflictError, match=r"a:v0, .* was deleted meanwhile .* run it again"):
+        _upon_a_base_that_is_swept(stage)
+    stage.check()
+    assert [version.number for version in stage.others.artifact("a").versions()] == [1]

@@ -45,7 +45,8 @@ class Intent:
 
     artifact: str
     txn: str
-    base: str | None
+    base: str | int | None
+    """``fixed`` until a version is chosen, then its number."""
     ours: bool
     plan: list[Action]
     tries: list[list[Action]] = field(default_factory=list)
@@ -231,7 +232,7 @@ def _intent(me: Actor) -> Intent:
     return Intent(
         artifact=random.choice(me.world.names),
         txn=random.getrandbits(128).to_bytes(16, "big").hex(),
-        base="latest" if random.random() < 0.85 else None,
+        base=random.choices(["latest", "fixed", None], [0.7, 0.15, 0.15])[0],
         ours=random.random() < 0.5,
         plan=plan,
     )
@@ -242,6 +243,8 @@ def _transact(me: Actor, intent: Intent) -> None:
     me.signed()
     artifact = me.repo.artifact(intent.artifact)
     how = "ours" if intent.ours else "raise"
+    if intent.base == "fixed":
+        intent.base = _choose(me, artifact)
     try:
         with artifact.transaction("m", base=intent.base, on_conflict=how, txn_id=intent.txn) as txn:
             me.pause()
@@ -254,12 +257,20 @@ def _transact(me: Actor, intent: Intent) -> None:
         me.world.counts["conflict"] += 1
         intent.refuse()
     except NotFoundError as error:
-        if "was removed" not in str(error):
+        if "was removed" not in str(error) and not isinstance(intent.base, int):
             raise
         intent.refuse()
     else:
         assert txn.version is not None
         intent.over, intent.version = True, txn.version.number
+
+
+def _choose(me: Actor, artifact: Artifact) -> int | str:
+    """A version to start from, if there is one."""
+    try:
+        return me.random.choice(artifact.versions()).number
+    except (NotFoundError, IndexError):
+        return "latest"
 
 
 def _act(me: Actor, txn: Transaction, action: Action, done: list[Action]) -> None:
@@ -432,7 +443,7 @@ class Truth:
                 yield id_, record
 
     def check_history(self) -> None:
-        """One record a transaction, no gap; a version comes from the newest that was live before it."""
+        """One record a transaction, no gap; a version comes from the newest, or the fixed, one that was live before."""
         for id_, log in self.logs.items():
             if len({record.txn for record in log.records}) != len(log.records):
                 raise Violation(f"a transaction stands twice in {id_}")
@@ -444,9 +455,13 @@ class Truth:
                     if self.names[id_] != intent.artifact:
                         raise Violation(f"{record.txn} was meant for another artifact")
                     latest = state.latest()
-                    parent = latest.op.number if latest is not None and intent.base else None
+                    parent = latest.op.number if latest is not None and intent.base == "latest" else None
+                    if isinstance(intent.base, int):
+                        parent = intent.base
                     if op.parent != parent:
                         raise Violation(f"v{op.number} comes from v{op.parent}, not from v{parent}")
+                    if parent is not None and parent not in state.live():
+                        raise Violation(f"v{op.number} comes from v{parent}, which was deleted before")
                 fold(state, record, key="")
             for names in (state.aliases, state.tags):
                 if not set(names.values()) <= set(state.live()):

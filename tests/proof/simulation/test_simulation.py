@@ -78,6 +78,7 @@ MUTANTS = {
     "nohead": (packs, "missing", lambda *_, **__: set(), 200),
     "nolist": (packs, "condemned", lambda _: set(), 200),
     "nofence": (Transaction, "_notice", lambda *_: None, 400),
+    "fixed_base_nocheck": (Transaction, "_stay", lambda *_: None, 400),
     "restart_noscan": (Log, "find", lambda *_: None, 400),
     "undelete_nofence": (artifact._Revival, "notice", lambda *_: None, 4000),
     "inherit_nocheck": (Transaction, "_bases_stand", lambda *_: True, 4000),

@@ -14,7 +14,7 @@ Source: docs/format.md.
 
 from mandapa.content.cutters.cutter import Cutter
 from mandapa.content.cutters.growing import growing_cuts
-from mandapa.content.cutters.source import BytesSource, FileSource, Source
+from mandapa.content.cutters.source import BytesSource, FileSource, Source, StartSource
 from mandapa.content.cutters.structured import structured_cuts
 
-__all__ = ["BytesSource", "Cutter", "FileSource", "Source", "growing_cuts", "structured_cuts"]
+__all__ = ["BytesSource", "Cutter", "FileSource", "Source", "StartSource", "growing_cuts", "structured_cuts"]

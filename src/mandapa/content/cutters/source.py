@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-__all__ = ["BytesSource", "FileSource", "Source", "read_some"]
+from mandapa.errors import InvalidInputError
+
+__all__ = ["BytesSource", "FileSource", "Source", "StartSource", "read_some"]
 
 
 class Source(Protocol):
@@ -58,6 +60,33 @@ class FileSource:
                 break
             got += more
         return got
+
+
+class StartSource(FileSource):
+    """The first ``size`` bytes of an open file, to which more may be appended meanwhile.
+
+    Raises:
+        InvalidInputError: The file, which messages call ``name``, has fewer bytes; now, or when it is read.
+    """
+
+    def __init__(self, fd: int, size: int, name: str) -> None:
+        super().__init__(fd, size=size)
+        self._name = name
+        if os.fstat(fd).st_size < size:
+            raise self._too_short()
+
+    def readinto(self, offset: int, buffer: memoryview, /) -> int:
+        """Fill ``buffer`` from ``offset`` on, with nothing after the first ``size`` bytes."""
+        wanted = buffer[: max(0, self._size - offset)]
+        if super().readinto(offset, wanted) != len(wanted):
+            raise self._too_short()
+        return len(wanted)
+
+    def _too_short(self) -> InvalidInputError:
+        return InvalidInputError(
+            f"{self._name} has {os.fstat(self._fd).st_size} bytes, fewer than the {self._size} that were to be added: "
+            "give a length only of a file that grows and never shrinks"
+        )
 
 
 class BytesSource:

@@ -1,0 +1,60 @@
+"""Which of several versions a number in their metadata says is best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from mandapa.errors import InvalidInputError
+from mandapa.repository.state import VersionState
+
+__all__ = ["Contest", "Mode", "measures"]
+
+Mode: TypeAlias = Literal["min", "max"]
+
+
+class Contest(NamedTuple):
+    """Versions compared by one metric: the least, or the greatest, number is best."""
+
+    metric: str
+    mode: Mode
+
+    @classmethod
+    def of(cls, metric: str, mode: Mode) -> Contest:
+        """A contest that makes sense, else `InvalidInputError`."""
+        if not isinstance(metric, str):
+            raise InvalidInputError(f"a metric is named by a string, not {type(metric).__name__}")
+        if mode not in get_args(Mode):
+            raise InvalidInputError(f"mode {mode!r}: a metric is best at its 'min' or at its 'max'")
+        return cls(metric, mode)
+
+    def wins(self, metadata: Mapping[str, Any], against: VersionState | None) -> bool:
+        """Whether a version of this metadata is better than another one, which may have no number or be deleted."""
+        mine = _number(metadata.get(self.metric))
+        if mine is None:
+            return False
+        theirs = (
+            None if against is None or against.deleted is not None else _number(against.op.metadata.get(self.metric))
+        )
+        return theirs is None or (mine < theirs if self.mode == "min" else mine > theirs)
+
+    def best(self, versions: Iterable[VersionState]) -> VersionState | None:
+        """The first of the best; None when none has a number."""
+        best = None
+        for version in versions:
+            if self.wins(version.op.metadata, best):
+                best = version
+        return best
+
+
+def measures(metadata: Mapping[str, Any]) -> Iterator[str]:
+    """The metrics that have a finite number."""
+    return (name for name, value in metadata.items() if _number(value) is not None)
+
+
+def _number(value: object) -> int | float | None:
+    """``value`` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if isinstance(value, int) or math.isfinite(value) else None

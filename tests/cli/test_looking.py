@@ -1,4 +1,4 @@
-"""``log``, ``show``, ``ls``, ``diff``."""
+"""``log``, ``show``, ``ls``, ``diff``, ``best``."""
 
 from __future__ import annotations
 
@@ -154,3 +154,25 @@ def test_diff_of_the_x_bit(net):
     (net.folder / "out/run.sh").chmod(0o644)
     net("add", "net", "out")
     assert "no longer executable" in net("diff", "net:v1", "net").out
+
+
+def test_best_by_a_metric(net):
+    """Address and value on one line; the version with --json."""
+    assert net("best", "net", "--by", "loss", "--min").out == "net:v1  loss 0.5\n"
+    assert net("best", "net", "--by", "loss", "--max").out == "net:v0  loss 1.5\n"
+    [found] = net.json("best", "net", "--by", "loss", "--min")
+    assert [found] == net.json("log", "net", "-n", "1")
+    assert (found["address"], found["metadata"]) == ("net:v1", {"loss": 0.5})
+
+
+def test_best_of_what_is_not_there(net):
+    """Which metrics there are is said; so is that there is no such artifact."""
+    assert "there are: 'loss'" in net.error("best", "net", "--by", "acc", "--max", code=3)
+    net.error("best", "nothing", "--by", "loss", "--max", code=3)
+
+
+def test_best_needs_to_know_what_is_best(net):
+    """Exactly one of --min and --max, and a metric."""
+    assert "--min or --max" in net.error("best", "net", "--by", "loss", code=2)
+    assert "--min or --max" in net.error("best", "net", "--by", "loss", "--min", "--max", code=2)
+    net.error("best", "net", "--min", code=2)

@@ -428,6 +428,33 @@ def test_a_contest_that_makes_no_sense(repo, if_best):
     assert not repo.artifact("a").exists()
 
 
+def test_the_best_version(repo):
+    """Of the live ones, by a finite number, the oldest of equals."""
+    artifact = repo.artifact("a")
+    for metadata in ({"loss": 0}, {"loss": 2.5, "acc": 1}, {"loss": 2.5, "acc": 3}, {"loss": "NaN"}, {}, {"acc": 3.0}):
+        put(repo, metadata={"n": True, **metadata}, x=repr(metadata).encode())
+    artifact.delete(0)
+    assert artifact.best("loss", "min").number == artifact.best("loss", "max").number == 1
+    assert artifact.best("acc", "max").number == 2
+    assert artifact.best("acc", "min").metadata["acc"] == 1
+    with pytest.raises(NotFoundError, match=r"a has a number for 'n'; there are: 'acc', 'loss'$"):
+        artifact.best("n", "min")
+    with pytest.raises(InvalidInputError, match="mode"):
+        artifact.best("acc", "most")
+
+
+def test_no_best_version(repo):
+    """Without a version that was measured, without a version, without an artifact."""
+    with pytest.raises(NotFoundError, match="no artifact"):
+        repo.artifact("a").best("loss", "min")
+    put(repo, x=b"1")
+    with pytest.raises(NotFoundError, match="there are: none"):
+        repo.artifact("a").best("loss", "min")
+    put(repo, metadata={f"m{number:02}": number for number in range(25)})
+    with pytest.raises(NotFoundError, match=r"'m00', .* 'm19' and 5 more"):
+        repo.artifact("a").best("loss", "min")
+
+
 # -- lineage ----------------------------------------------------------------------------------------------------------
 
 

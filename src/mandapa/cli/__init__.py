@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 SECTIONS = {
     "Make": ("init", "add", "rm"),
-    "Look": ("log", "show", "ls", "diff"),
+    "Look": ("log", "show", "ls", "diff", "best"),
     "Take": ("get", "cat"),
     "Name": ("alias", "tag", "artifact"),
     "Delete": ("delete", "undelete"),

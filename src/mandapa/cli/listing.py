@@ -1,4 +1,4 @@
-"""Commands that look: ``log``, ``show``, ``ls``, ``diff``."""
+"""Commands that look: ``log``, ``show``, ``ls``, ``diff``, ``best``."""
 
 from __future__ import annotations
 
@@ -345,4 +345,21 @@ def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[st
     }
 
 
-COMMANDS = (log, show, ls, diff)
+@click.command()
+@click.argument("artifact")
+@click.option("--by", metavar="METRIC", required=True, help="A number in the versions' metadata.")
+@click.option("--min", "least", is_flag=True, help="The least is best.")
+@click.option("--max", "greatest", is_flag=True, help="The greatest is best.")
+@common
+@pass_session
+def best(session: Session, artifact: str, by: str, least: bool, greatest: bool) -> None:
+    """Find the best version of ARTIFACT by a metric; of several the oldest."""
+    from mandapa.cli.values import version_value
+
+    if least == greatest:
+        raise click.UsageError("what is best: --min or --max?", click.get_current_context())
+    found = session.open().artifact(artifact).best(by, "min" if least else "max")
+    session.emit(version_value(found), lambda: f"{found.address}  {clean(by)} {value(found.metadata[by])}")
+
+
+COMMANDS = (log, show, ls, diff, best)

@@ -23,7 +23,8 @@ from mandapa.format.records import (
     TagOp,
     UndeleteOp,
 )
-from mandapa.format.strict import check_label, check_name, is_id
+from mandapa.format.strict import check_label, check_name, is_id, shown
+from mandapa.repository.best import Contest, Mode, measures
 from mandapa.repository.log import Log
 from mandapa.repository.packs import condemned_or_missing
 from mandapa.repository.state import ArtifactState, CatalogState, VersionState, parse_time
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
 
 __all__ = ["AliasStep", "Artifact"]
+
+NAMED = 20
+"""Metrics that one message names, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,26 @@ class Artifact:
         """
         log = self.open_log()
         return Version(self, log, self.look_up(log.state, ref))
+
+    def best(self, by: str, mode: Mode) -> Version:
+        """The live version whose ``metadata[by]`` is the least (``"min"``) or greatest (``"max"``) finite number.
+
+        Of several the oldest.
+
+        Raises:
+            NotFoundError: No live version has such a number; the message names the metrics that there are.
+            InvalidInputError: Another mode.
+        """
+        contest = Contest.of(by, mode)
+        log = self.open_log()
+        live = [log.state.versions[number] for number in log.state.live()]
+        found = contest.best(live)
+        if found is None:
+            known = sorted({name for version in live for name in measures(version.op.metadata)})
+            more = f" and {len(known) - NAMED} more" if len(known) > NAMED else ""
+            there = (", ".join(map(shown, known[:NAMED])) or "none") + more
+            raise NotFoundError(f"no live version of {self.name} has a number for {shown(by)}; there are: {there}")
+        return Version(self, log, found)
 
     def resolve(self, address: Address) -> Version:
         """The version that a parsed address names."""

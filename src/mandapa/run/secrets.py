@@ -304,7 +304,8 @@ _WITHIN = tuple(
         (":aa", r"(?<![0-9])(?P<head>)[0-9]{8,10}:AA[\w-]{30,}(?P<tail>)"),  # Telegram
         ("cookie:", r"(?P<head>(?i:(?<![\w-])(?:set-)?cookie:\s{0,8}))[^\s\"'][^\r\n\"']*+(?P<tail>)"),
         ("login", r"(?P<head>(?i:\blogin\s{1,8}\S{1,256}\s{1,8}password\s{1,8}))\S+(?P<tail>)"),  # ~/.netrc
-        ("wandb", r"(?P<head>\bwandb[. ]login[^\n]{0,80}?)\b[0-9a-f]{40}(?P<tail>)\b"),
+        ("wandb login", r"(?P<head>\bwandb login\s{1,8}(?:--[a-z-]{1,20}\s{1,8}){0,4})[0-9a-f]{40}(?P<tail>)\b"),
+        ("wandb.login", r"(?P<head>\bwandb\.login\((?:key\s?=\s?)?[\"'])[0-9a-f]{40}(?P<tail>)\b"),
     )
 )
 _BEARER = re.compile(r"(?i:(\bbearer\s{1,8}))([\w.~+/-]{8,}+=*)", re.ASCII)
@@ -411,7 +412,7 @@ def _extent(text: str, found: re.Match[str], unclosed: dict[str, int]) -> tuple[
             if text.startswith(closing, end):
                 return start, end
             unclosed[closing] = end
-    elif _PUBLIC_HERE.match(text, start):
+    if _PUBLIC_HERE.match(text, start):
         return start, start
     bare = _BARE["" if found["sign"] == ":" else ";&"].match(text, start)
     return start, bare.end() if bare else start

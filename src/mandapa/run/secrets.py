@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import binascii
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -342,8 +341,8 @@ def _hidden_bearer(found: re.Match[str]) -> str:
 
 def _hidden_basic(found: re.Match[str]) -> str:
     try:
-        is_login = b":" in base64.b64decode(found[2], validate=True)
-    except (ValueError, binascii.Error):
+        is_login = b":" in binascii.a2b_base64(found[2], strict_mode=True)
+    except binascii.Error:
         is_login = False
     return found[1] + HIDDEN if is_login else found[0]
 

@@ -21,19 +21,44 @@ if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
     from mandapa.repository.transaction import Transaction
     from mandapa.repository.version import Asset, Diff, Version
+    from mandapa.run.checkpoints import Checkpoint, CheckpointSaver, Every
+    from mandapa.run.handle import Handle
+    from mandapa.run.limits import Limits
+    from mandapa.run.run import Run
 
 __version__ = "0.1.0"
 
-__all__ = ["AliasStep", "Artifact", "Asset", "Diff", "Repository", "Transaction", "Version", "open"]
+__all__ = [
+    "AliasStep",
+    "Artifact",
+    "Asset",
+    "Checkpoint",
+    "CheckpointSaver",
+    "Diff",
+    "Every",
+    "Handle",
+    "Limits",
+    "Repository",
+    "Run",
+    "Transaction",
+    "Version",
+    "open",
+]
 
 _HOMES = {
-    "AliasStep": "artifact",
-    "Artifact": "artifact",
-    "Asset": "version",
-    "Diff": "version",
-    "Repository": "repository",
-    "Transaction": "transaction",
-    "Version": "version",
+    "AliasStep": "repository.artifact",
+    "Artifact": "repository.artifact",
+    "Asset": "repository.version",
+    "Checkpoint": "run.checkpoints",
+    "CheckpointSaver": "run.checkpoints",
+    "Diff": "repository.version",
+    "Every": "run.checkpoints",
+    "Handle": "run.handle",
+    "Limits": "run.limits",
+    "Repository": "repository.repository",
+    "Run": "run.run",
+    "Transaction": "repository.transaction",
+    "Version": "repository.version",
 }
 
 
@@ -65,30 +90,14 @@ def open(  # noqa: A001 - the name that callers expect
         FormatVersionError: A newer mandapa made it.
         StorageError: The store failed, refused access, or, with ``create``, cannot be trusted with several writers.
     """
+    from mandapa.environment import cache_dir, who
     from mandapa.object_store import from_url
     from mandapa.repository.log import Author
     from mandapa.repository.repository import Repository
 
     store = from_url(os.fspath(url), **options)
     make = partial(Repository.create, single_writer=single_writer) if create else Repository
-    return make(store, cache_dir=_cache_dir(), codec=codec, author=Author(_who()))
-
-
-def _cache_dir() -> str:
-    explicit = os.environ.get("MANDAPA_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return explicit or os.path.join(home, "mandapa")
-
-
-def _who() -> str:
-    import getpass
-    import socket
-
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"[:256]
+    return make(store, cache_dir=cache_dir(), codec=codec, author=Author(who()))
 
 
 def __getattr__(name: str) -> Any:
@@ -96,5 +105,5 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         import importlib
 
-        return getattr(importlib.import_module(f"mandapa.repository.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"mandapa.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'mandapa' has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mandapa import __version__
-from mandapa.cli import artifacts, checking, deleting, listing, names, reading, writing
+from mandapa.cli import artifacts, checking, deleting, listing, names, reading, running, writing
 from mandapa.cli.demo.command import command as demo
 from mandapa.cli.failure import report
 from mandapa.cli.session import common
@@ -26,6 +26,7 @@ SECTIONS = {
     "Take": ("get", "cat"),
     "Name": ("alias", "tag", "artifact"),
     "Delete": ("delete", "undelete"),
+    "Train": ("status", "sync"),
     "Check": ("fsck", "doctor"),
     "Try": ("demo",),
 }
@@ -87,7 +88,7 @@ def main() -> None:
     """
 
 
-for _module in (writing, listing, reading, names, artifacts, deleting, checking):
+for _module in (writing, listing, reading, names, artifacts, deleting, running, checking):
     for _command in _module.COMMANDS:
         main.add_command(_command)
 main.add_command(demo)

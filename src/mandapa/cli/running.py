@@ -1,0 +1,156 @@
+"""Commands on the runs of this machine: ``status``, ``sync``."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mandapa.cli.progress import Bar
+from mandapa.cli.session import Session, common, pass_session
+from mandapa.cli.text import clean, count, size
+from mandapa.errors import MandapaError, StorageError
+
+if TYPE_CHECKING:
+    from mandapa.run.directory import RunDirectory
+    from mandapa.run.status import BackendStatus, RunStatus
+
+__all__ = ["COMMANDS"]
+
+_DEFAULT = "mandapa-runs"
+_TICK = 0.1
+
+
+@click.command()
+@click.argument("directory", default=_DEFAULT, type=click.Path(), metavar="[DIR]")
+@common
+@pass_session
+def status(session: Session, directory: str) -> int:
+    """What waits on this machine, and whether it may go. DIR is a run's folder, or one of runs (./mandapa-runs).
+
+    Ends with 0 when all that was handed over is in versions, with 1 when something is not.
+    """
+    from mandapa.run.directory import RunDirectory
+    from mandapa.run.status import look
+
+    found = [look(run) for run in RunDirectory.find(directory)]
+    for run in found:
+        session.emit(_value(run), lambda run=run: _text(run))  # type: ignore[misc]
+    safe = all(run.safe for run in found)
+    if not session.json:
+        click.echo("all is committed: this machine may go" if safe else "not all is committed: this machine must stay")
+    return 0 if safe else 1
+
+
+@click.command()
+@click.argument("directory", default=_DEFAULT, type=click.Path(), metavar="[DIR]")
+@click.option("--timeout", type=click.FloatRange(min=0), help="Seconds for each run; without, as long as it takes.")
+@common
+@pass_session
+def sync(session: Session, directory: str, timeout: float | None) -> None:
+    """Commit what runs of this machine have handed over and could not commit. DIR is as for 'status'.
+
+    Credentials come from where the cloud's own tools take them: those that a script passed are written nowhere. Can be
+    stopped at any moment and called again.
+    """
+    from mandapa.run.directory import RunDirectory
+    from mandapa.run.status import look
+
+    failure: Exception | None = None
+    for run in RunDirectory.find(directory):
+        before = look(run)
+        if not before.safe:
+            _sync(run, timeout, sum(backend.pending_bytes for backend in before.backends))
+        after = look(run)
+        session.emit(_value(after), lambda after=after: _text(after))  # type: ignore[misc]
+        if not after.safe:
+            failure = _failure(run, after)
+    if failure is not None:
+        raise failure
+
+
+def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
+    """Do an uploader's work here; where one is at work already, ask that one and wait."""
+    import threading
+
+    from mandapa.run.backend import spec_from
+    from mandapa.run.status import look
+    from mandapa.run.uploader import Uploader, saved_backends
+
+    give_up = None if timeout is None else time.monotonic() + timeout
+    with Bar(f"committing {run.name}", total or None) as bar:
+        left = total
+
+        def watch() -> bool:
+            nonlocal left
+            found = look(run)
+            now = sum(backend.pending_bytes for backend in found.backends)
+            bar(max(left - now, 0))
+            left = now
+            return found.safe
+
+        lock = run.uploader_lock()
+        if lock.take():
+            specs = {key: spec_from(value) for key, value in saved_backends(run).items()}
+            uploader = Uploader(run, specs, once=True)
+            work = threading.Thread(target=uploader.run, daemon=True)
+            work.start()
+            while work.is_alive() and (give_up is None or time.monotonic() < give_up):
+                work.join(_TICK)
+                watch()
+            if not work.is_alive():
+                lock.release()
+        else:
+            with open(run.request, "a", encoding="utf-8"):
+                os.utime(run.request)
+            while not watch() and lock.held() and (give_up is None or time.monotonic() < give_up):
+                time.sleep(_TICK)
+
+
+def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:
+    """Why a run could not be synced."""
+    from mandapa.run.directory import read_json
+    from mandapa.run.reader import error_from
+
+    told = read_json(run.status).get("backends", {})
+    for backend in found.backends:
+        error = told.get(backend.key, {}).get("error")
+        if backend.pending and error:
+            return error_from(str(error.get("type")), f"{found.run}: {error.get('message')}{_hint(backend)}")
+    return StorageError(f"{found.run}: not all is committed yet; call 'mandapa sync {found.path}' again")
+
+
+def _hint(backend: BackendStatus) -> str:
+    if not backend.withheld:
+        return ""
+    return (
+        f" (the run was given {', '.join(backend.withheld)} as arguments, which are written nowhere: "
+        "set the store's environment variables, or a profile)"
+    )
+
+
+def _value(run: RunStatus) -> dict[str, Any]:
+    return {**asdict(run), "safe": run.safe}
+
+
+def _text(run: RunStatus) -> str:
+    doing = f"training (rank {', '.join(map(str, run.live))})" if run.live else "not training"
+    uploader = "uploader at work" if run.uploading else "no uploader"
+    lines = [f"{clean(run.run)}  attempt {run.attempt}, {doing}, {uploader}  {clean(run.path)}"]
+    if not run.backends:
+        lines.append("  no backend logger: its files are in that folder only")
+    for backend in run.backends:
+        waits = f"{count(backend.pending, 'thing')} waiting, {size(backend.pending_bytes)}"
+        committed = backend.committed or f"{backend.artifact}, no version yet"
+        lines.append(f"  {clean(committed)}  {waits if backend.pending else 'all committed'}  {clean(backend.store)}")
+        if backend.error:
+            lines.append(f"    last error: {clean(backend.error)}")
+    if not run.safe and not run.uploading:
+        lines.append(f"  nobody is committing this: mandapa sync {clean(run.path)}")
+    return "\n".join(lines)
+
+
+COMMANDS = (status, sync)

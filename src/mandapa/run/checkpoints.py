@@ -1,0 +1,319 @@
+"""Checkpoints: when one is due, how a state becomes files, and how files become a state again. Never by a pickle.
+
+Every format is loaded by code that cannot run what a file says: ``torch.load(weights_only=True)``, or safetensors with
+    the
+structure of the state as JSON in its header.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import string
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mandapa.errors import CorruptionError, InvalidInputError, MandapaError
+from mandapa.format.strict import check_path
+from mandapa.run.logger import Logger
+
+__all__ = ["Checkpoint", "CheckpointSaver", "Every", "load_state", "save_state"]
+
+_STATE = "mandapa.state"
+_REF = "$tensor"
+_SAFETENSORS = ".safetensors"
+
+
+class Every:
+    """How often a checkpoint is due: after so many steps, or so many seconds, whichever is given.
+
+    Example:
+        >>> due = Every(steps=500)
+        >>> [step for step in range(1, 1501) if due(step)]
+        [500, 1000, 1500]
+    """
+
+    def __init__(self, *, steps: int | None = None, seconds: float | None = None) -> None:
+        if (steps is None) == (seconds is None):
+            raise InvalidInputError("Every takes steps= or seconds=, one of them")
+        if (steps is not None and (not isinstance(steps, int) or steps < 1)) or (seconds is not None and seconds <= 0):
+            raise InvalidInputError("Every: steps= is 1 or more, seconds= above 0")
+        self.steps = steps
+        self.seconds = seconds
+        self._last_step = 0
+        self._last_time = time.monotonic()
+
+    def start(self, step: int) -> None:
+        """Count from here: a run that goes on from a checkpoint of ``step``."""
+        self._last_step = step
+        self._last_time = time.monotonic()
+
+    def __call__(self, step: int) -> bool:
+        """Whether one is due at that step; then the next is due as much later."""
+        if self.steps is not None:
+            due = step // self.steps > self._last_step // self.steps
+        else:
+            assert self.seconds is not None
+            due = time.monotonic() - self._last_time >= self.seconds
+        if due:
+            self.start(step)
+        return due
+
+    def __repr__(self) -> str:
+        return f"Every(steps={self.steps})" if self.steps is not None else f"Every(seconds={self.seconds})"
+
+
+class CheckpointSaver(Logger):
+    """How a run saves checkpoints; one of the loggers of a run, which has a default one.
+
+    Args:
+        every: When `Run.maybe_checkpoint` saves; None: at each call.
+        filename: Of the file in the version's folder ``checkpoint``; may hold ``{rank}``, ``{step}``, ``{epoch}``,
+            ``{run_name}``. By default ``state.pt`` (or ``.safetensors``), ``state-rank{rank}.pt`` where a run has
+            several ranks. Without ``{step}`` the place is the same each time: history is in the versions.
+        format: ``torch``: ``torch.save``. ``safetensors``: tensors in safetensors, the rest of the state (numbers,
+            strings, lists, dicts) as JSON in its header.
+        keep_local: Checkpoints that stay in the run's directory after every backend has them.
+        best: A metric and which way is better, ``("val/loss", "min")``: the alias ``best`` follows it.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: Every | None = None,
+        filename: str | None = None,
+        format: Literal["torch", "safetensors"] = "torch",  # noqa: A002 - the word of the field
+        keep_local: int = 1,
+        best: tuple[str, Literal["min", "max"]] | None = None,
+    ) -> None:
+        if format not in ("torch", "safetensors"):
+            raise InvalidInputError(f"format={format!r}: use 'torch' or 'safetensors'")
+        if not isinstance(keep_local, int) or keep_local < 1:
+            raise InvalidInputError(f"keep_local={keep_local!r}: keep 1 checkpoint or more, to resume from")
+        if best is not None and (len(best) != 2 or not isinstance(best[0], str) or best[1] not in ("min", "max")):
+            raise InvalidInputError(f"best={best!r}: name a metric and which way is better, as in ('val/loss', 'min')")
+        self.every = every
+        self.format = format
+        self.keep_local = keep_local
+        self.best = best
+        self._filename = filename
+        if filename is not None:
+            self.name(run_name="run", rank=0, world_size=1, step=0, epoch=0)
+
+    def name(self, *, run_name: str, rank: int, world_size: int, step: int, epoch: int | None) -> str:
+        """The name of a rank's file in the folder ``checkpoint``.
+
+        Raises:
+            InvalidInputError: The pattern has unknown fields, or does not make a path.
+        """
+        suffix = "pt" if self.format == "torch" else "safetensors"
+        pattern = self._filename or (f"state-rank{{rank}}.{suffix}" if world_size > 1 else f"state.{suffix}")
+        fields = {"run_name": run_name, "rank": rank, "step": step, "epoch": 0 if epoch is None else epoch}
+        try:
+            used = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+            found = pattern.format(**fields)
+        except (KeyError, ValueError, IndexError):
+            raise InvalidInputError(
+                f"filename={pattern!r}: it may hold {', '.join('{' + name + '}' for name in fields)}"
+            ) from None
+        if world_size > 1 and "rank" not in used:
+            raise InvalidInputError(f"filename={pattern!r}: the run has {world_size} ranks, so it needs {{rank}}")
+        return check_path(found)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint to go on from: in the run's directory, or in a version.
+
+    Example:
+        >>> from mandapa.run.checkpoints import Checkpoint
+        >>> Checkpoint(step=20, metrics={"loss": 0.5}).step
+        20
+    """
+
+    step: int
+    epoch: int | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    version: str = ""
+    """The address of the version that holds it; empty for one that is only in the run's directory yet."""
+    file: str = ""
+    """The name of this rank's file in it."""
+    fetch: Callable[[str | os.PathLike[str] | None], str] = field(default=lambda dest: "", repr=False)
+
+    def download(self, dest: str | os.PathLike[str] | None = None) -> str:
+        """The folder with the checkpoint's files, those of all ranks; fetched when it is not here. Gives its path.
+
+        Ranks of one machine share one download. Files that are there and equal are not fetched again.
+
+        Args:
+            dest: Where to; by default a folder in the run's directory.
+
+        Raises:
+            StorageError: The store failed.
+            NotFoundError: The version was deleted meanwhile.
+        """
+        return self.fetch(dest)
+
+    def load(self) -> Any:
+        """This rank's state, on the CPU; nothing is unpickled.
+
+        Raises:
+            CorruptionError: The file is not what `Run.save_checkpoint` wrote.
+            InvalidInputError: It needs torch or safetensors, which are not installed; or it has no file of this rank.
+            StorageError, NotFoundError: As `download`.
+        """
+        return load_state(os.path.join(self.download(), self.file))
+
+
+def save_state(state: Any, path: str, format_: str) -> int:
+    """Write a state to a new file, whole or not at all; gives its bytes.
+
+    Raises:
+        InvalidInputError: The format cannot hold it, or its library is not installed.
+        StorageError, OSError: The disk is full or fails.
+    """
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    try:
+        if format_ == "safetensors":
+            _save_safetensors(state, temporary)
+        else:
+            _torch().save(state, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    return os.stat(path).st_size
+
+
+def load_state(path: str) -> Any:
+    """What `save_state` wrote; see `Checkpoint.load`."""
+    if not os.path.isfile(path):
+        raise InvalidInputError(f"the checkpoint has no file {os.path.basename(path)!r}: it was saved with other ranks")
+    if path.endswith(_SAFETENSORS):
+        return _load_safetensors(path)
+    torch = _torch()
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except MandapaError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise CorruptionError(f"{path} cannot be loaded without unpickling: {reason}", key=path) from error
+
+
+def _torch() -> Any:
+    try:
+        return importlib.import_module("torch")
+    except ImportError:
+        raise InvalidInputError(
+            "checkpoints of format 'torch' need torch: install it, or use CheckpointSaver(format='safetensors')"
+        ) from None
+
+
+# -- safetensors: tensors as they are, the structure as JSON ----------------------------------------------------------
+
+
+def _save_safetensors(state: Any, path: str) -> None:
+    tensors: dict[str, Any] = {}
+    skeleton = json.dumps(_take_apart(state, "", tensors, 0))
+    kinds = {type(tensor).__module__.partition(".")[0] for tensor in tensors.values()}
+    if len(kinds) > 1:
+        raise InvalidInputError("format='safetensors': all arrays of a state are torch's, or all are numpy's")
+    torch = kinds == {"torch"}
+    try:
+        library: Any = importlib.import_module("safetensors.torch" if torch else "safetensors.numpy")
+    except ImportError as error:
+        raise InvalidInputError(f"format='safetensors' needs {error.name}: pip install safetensors") from None
+    if torch:
+        tensors = _unshared(tensors)
+    library.save_file(tensors, path, metadata={_STATE: skeleton, "format": "pt" if torch else "np"})
+
+
+def _take_apart(value: Any, at: str, tensors: dict[str, Any], depth: int) -> Any:
+    """The structure of a state as JSON, its tensors put into ``tensors`` under their place."""
+    if depth > 64:
+        raise InvalidInputError(f"the state is nested too deep at {at!r}")
+    if value is None or isinstance(value, bool | str) or (isinstance(value, int) and type(value) is int):
+        return value
+    if type(value) is float:
+        return {"$float": value.hex()}
+    if type(value).__module__.partition(".")[0] in ("torch", "numpy") and hasattr(value, "dtype"):
+        if not hasattr(value, "shape") or (type(value).__module__ == "numpy" and type(value).__name__ != "ndarray"):
+            return _take_apart(value.item(), at, tensors, depth)
+        name = at or "state"
+        tensors[name] = value
+        return {_REF: name}
+    if isinstance(value, Mapping):
+        return {"$dict": [[_key(k, at), _take_apart(v, _join(at, k), tensors, depth + 1)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_take_apart(item, _join(at, n), tensors, depth + 1) for n, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    raise InvalidInputError(
+        f"format='safetensors' cannot hold the {type(value).__name__} at {at!r}: it takes tensors, numbers, strings, "
+        "lists, tuples and dicts"
+    )
+
+
+def _key(key: Any, at: str) -> str | int:
+    if isinstance(key, str) or type(key) is int:
+        return key
+    raise InvalidInputError(f"format='safetensors': the key {key!r} at {at!r} is neither a string nor an integer")
+
+
+def _join(at: str, key: Any) -> str:
+    return f"{at}.{key}" if at else str(key)
+
+
+def _unshared(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Contiguous tensors that share no memory, as safetensors demands: tied weights are written twice."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        found[name] = plain.clone() if pointer in seen else plain
+        seen.add(pointer)
+    return found
+
+
+def _load_safetensors(path: str) -> Any:
+    try:
+        library: Any = importlib.import_module("safetensors")
+    except ImportError:
+        raise InvalidInputError("this checkpoint needs safetensors: pip install safetensors") from None
+    safe_open = library.safe_open
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+        framework = "pt" if metadata.get("format") == "pt" else "np"
+        if framework == "pt":
+            _torch()
+        with safe_open(path, framework=framework) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if _STATE not in metadata:
+            return tensors
+        return _put_together(json.loads(metadata[_STATE]), tensors)
+    except (library.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptionError(f"{path} is not a checkpoint that mandapa wrote: {error}", key=path) from error
+
+
+def _put_together(value: Any, tensors: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_put_together(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == _REF:
+        return tensors[content]
+    if kind == "$float":
+        return float.fromhex(content)
+    if kind == "$tuple":
+        return tuple(_put_together(item, tensors) for item in content)
+    if kind == "$dict":
+        return {key: _put_together(item, tensors) for key, item in content}
+    raise ValueError(f"unknown kind {kind!r}")

@@ -1,0 +1,90 @@
+"""What a run tells its loggers. Those that make assets and those that take them away are both loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+__all__ = ["BackendLogger", "BackendSpec", "Logger", "RunContext", "Take"]
+
+Take = Literal["copy", "move", "link", "grow"]
+"""How the bytes of a file are taken over: see `mandapa.Run.log_asset`."""
+
+
+class RunContext(Protocol):
+    """What a logger may use of the run that it belongs to."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+
+    @property
+    def dir(self) -> str:
+        """The run's directory, absolute: where a logger puts its files unless it was told another place."""
+
+    @property
+    def rank(self) -> int:
+        """Of this process among all of the run, from 0."""
+
+    @property
+    def world_size(self) -> int:
+        """How many processes the run has."""
+
+    @property
+    def attempt(self) -> int:
+        """How often the run was started, this time included, from 1."""
+
+    def log_asset(self, path: str, at: str | None = None, *, take: Take = "copy") -> object:
+        """Hand a file over; ``take="grow"``: as it is now, of a file to which bytes are only ever appended."""
+
+
+class Logger:
+    """Listens to a run. Every hook does nothing by default, is called by the training process, and returns at once.
+
+    The order is `open`, then any of the others, then `close`. A hook that raises an `Exception` is told of once, as a
+    warning, and not called again; training goes on (with ``strict=True`` it raises).
+    """
+
+    def open(self, run: RunContext) -> None:
+        """The run has begun."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Numbers at a step; NaN and infinities are numbers."""
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """All hyperparameters, as plain JSON values, secrets redacted."""
+
+    def flush(self) -> None:
+        """Hand over what was written so far: a checkpoint, a commit or the end of the run is next."""
+
+    def close(self) -> None:
+        """The run is over: hand over the rest and let go of files and streams. Called once."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSpec:
+    """Where a backend logger makes versions, as plain values: the uploader process builds the store from it."""
+
+    store: str
+    """A URL, or ``module:class`` of an object store."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords for the store; may hold secrets, so it reaches the uploader by a pipe only."""
+    artifact: str = ""
+    """The artifact's name."""
+
+
+class BackendLogger(Logger):
+    """Takes assets and makes versions of them elsewhere; the work is done by the uploader process."""
+
+    def spec(self, run_name: str) -> BackendSpec:
+        """Where versions of that run go.
+
+        Raises:
+            InvalidInputError: That can never work; the message says why.
+        """
+        raise NotImplementedError
+
+    def wants(self, path: str) -> bool:
+        """Whether the asset at that path in the version is logged here."""
+        return True

@@ -1,0 +1,298 @@
+"""What one rank has handed over: owned, written into its journal, and followed until every backend has it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from mandapa.errors import ClosedError, MandapaError, StorageError
+from mandapa.run.directory import RunDirectory, read_json
+from mandapa.run.handle import Handle
+from mandapa.run.journal import ENTRIES, AssetEntry, BeginEntry, CommitEntry, EndEntry, Entry, File, Journal
+from mandapa.run.limits import Limits
+from mandapa.run.logger import Take
+from mandapa.run.process import UploaderProcess
+from mandapa.run.progress import Progress
+from mandapa.run.staging import Staging
+from mandapa.run.troubles import Troubles
+
+__all__ = ["Outbox", "now"]
+
+_T = TypeVar("_T")
+
+_TICK = 0.02  # seconds between looks while somebody waits
+_HEARTBEAT = 1.0  # seconds between looks at the uploader
+_HOPELESS = 15.0  # seconds of nothing but failures after which `close` stops waiting
+
+
+class Outbox:
+    """The journal of a rank and the bytes that it speaks of. Safe to use from several threads, of one process.
+
+    Args:
+        directory: The run's.
+        rank: Whose lock the caller holds.
+        keys: The backends.
+        uploader: Who empties it; None where there are no backends.
+        limits: What may wait, and for how long.
+        troubles: Takes what went wrong.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        rank: int,
+        keys: Sequence[str],
+        *,
+        uploader: UploaderProcess | None,
+        limits: Limits,
+        troubles: Troubles,
+    ) -> None:
+        self.rank = rank
+        self.keys = list(keys)
+        self.progress = {key: Progress(directory, key).look() for key in keys}
+        self._directory = directory
+        self._uploader = uploader
+        self._limits = limits
+        self._troubles = troubles
+        known = max([progress.done.highest(rank) for progress in self.progress.values()], default=0)
+        self._journal = Journal(directory.journal(rank), ENTRIES, after=known)
+        self.begun = [line for line in self._journal.found if isinstance(line, BeginEntry)]
+        """How the rank began before."""
+        self._journal.found.clear()
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._closed = False
+        self._beat = time.monotonic()
+        self._waiting: dict[int, tuple[Sequence[str], int]] = {}  # number -> backends, bytes
+
+    def begin(self, attempt: int, **fields: Any) -> None:
+        """Open it for an attempt; ``fields`` are those of its `BeginEntry`."""
+        self._attempt = attempt
+        self._staging = Staging(self._directory, self.rank, attempt)
+        self.append(BeginEntry, backends=sorted(self.keys), **fields)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """One call at a time, and only in the process that made it.
+
+        Raises:
+            ClosedError: It is closed, or this process was forked.
+        """
+        if os.getpid() != self._pid:  # before any lock is touched: it may have been copied while it was held
+            raise ClosedError(
+                f"the run {self._directory.name!r} belongs to the process that forked this one (a DataLoader's worker, "
+                "say): log from the training process only"
+            )
+        with self._lock:
+            if self._closed:
+                raise ClosedError(f"the run {self._directory.name!r} is closed")
+            yield
+            if time.monotonic() - self._beat >= _HEARTBEAT:
+                self.check_uploader()
+
+    # -- handing over -------------------------------------------------------------------------------------------------
+
+    def append(self, kind: Callable[..., Entry], **fields: Any) -> int:
+        """Write a line into the journal; gives its number. Raises `StorageError` when the disk is full."""
+        n: int = self._journal.last + 1
+        self._journal.append(kind(n=n, time=now(), attempt=self._attempt, **fields))
+        return n
+
+    def hand_over(self, keys: Sequence[str], waits: int, kind: Callable[..., Entry], **fields: Any) -> Handle:
+        """Write a line for these backends; ``waits`` bytes of the disk are taken until they have it."""
+        n = self.append(kind, **fields)
+        if keys:
+            self._waiting[n] = (keys, waits)
+        return Handle(self, n, keys)
+
+    def file(self, place: str, source: str, keys: Sequence[str], take: Take) -> Handle:
+        """Own a file and hand it over; raises as `Staging.take`."""
+        if take == "grow":
+            return self._file(place, self._staging.grow(source), keys, grows=True)
+        return self._file(place, self.own(place, source, take), keys)
+
+    def bytes(self, place: str, data: bytes | bytearray | memoryview, keys: Sequence[str], **flags: bool) -> Handle:
+        """Own bytes and hand them over."""
+        taken = self.make_room(place, len(data), lambda: self._staging.take_bytes(data))
+        return self._file(place, taken, keys, **flags)
+
+    def own(self, what: str, source: str, take: Take) -> tuple[str, int] | None:
+        """Own a file or a folder; its place and bytes, or None when there is no room. Raises as `Staging.take`."""
+        assert take != "grow"
+        size = 0
+        with suppress(OSError):  # whoever opens it says what is wrong
+            size = os.stat(source).st_size
+        own = self._staging.take_folder if os.path.isdir(source) else self._staging.take
+        return self.make_room(what, size, lambda: own(source, take))
+
+    def skipped(self) -> Handle:
+        """The handle of what there was no room for."""
+        return Handle(self, 0, (), taken=False)
+
+    def local(self) -> Handle:
+        """The handle of what no backend wants."""
+        return Handle(self, 0, ())
+
+    def _file(
+        self, place: str, taken: tuple[str, int] | None, keys: Sequence[str], *, grows: bool = False, **flags: bool
+    ) -> Handle:
+        if taken is None:
+            return self.skipped()
+        file = File(path=place, source=self._directory.relative(taken[0]), size=taken[1])
+        skip = [key for key in self.keys if key not in keys]
+        return self.hand_over(keys, 0 if grows else taken[1], AssetEntry, file=file, grows=grows, skip=skip, **flags)
+
+    def make_room(self, what: str, size: int, own: Callable[[], _T]) -> _T | None:
+        """Take bytes over when there is room for them; None when there is none, and the limits say to skip.
+
+        Raises:
+            StorageError: The bytes cannot be taken for another reason; or for this one, where troubles raise.
+        """
+        while True:
+            if self._has_room(size):
+                try:
+                    return own()
+                except (OSError, RuntimeError) as error:  # torch says no more than RuntimeError of a full disk
+                    if not _is_full(error) and self._has_room(0):
+                        if isinstance(error, OSError) and not isinstance(error, MandapaError):
+                            raise StorageError(f"{what} cannot be written: {error.strerror or error}") from error
+                        raise
+            if self._limits.when_full == "skip":
+                self._troubles.report(
+                    f"there is no room for {what} ({size:,} bytes) in {self._directory.path}: it is not logged; free "
+                    "some "
+                    "space, or see mandapa.Limits"
+                )
+                return None
+            self._troubles.warn(f"there is no room in {self._directory.path}: the run waits until there is some")
+            self.check_uploader()
+            time.sleep(_TICK)
+
+    def _has_room(self, size: int) -> bool:
+        if not self._staging.fits(size):
+            return False
+        limit = self._limits.staging_bytes
+        return limit is None or sum(waits for _, waits in self.waiting().values()) + size <= limit
+
+    # -- following ----------------------------------------------------------------------------------------------------
+
+    @property
+    def last(self) -> int:
+        """The number of the newest line."""
+        last: int = self._journal.last
+        return last
+
+    def waiting(self) -> dict[int, tuple[Sequence[str], int]]:
+        """What this process has handed over and some backend has not: number -> backends, bytes."""
+        for progress in self.progress.values():
+            progress.look()
+        for n, (keys, _) in list(self._waiting.items()):
+            if all((self.rank, n) in self.progress[key].done for key in keys):
+                self._waiting.pop(n, None)
+        return self._waiting
+
+    def has_committed(self, n: int, keys: Sequence[str]) -> bool:
+        """Whether these backends have entry ``n``."""
+        with self._lock:
+            return all((self.rank, n) in self.progress[key].look().done for key in keys)
+
+    def version_of(self, n: int, keys: Sequence[str]) -> str | None:
+        """The version that entry ``n`` went into, in the first of these backends."""
+        with self._lock:
+            return next((self.progress[key].look().version(self.rank, n) or None for key in keys), None)
+
+    def is_durable(self, n: int) -> bool:
+        """Whether the uploader has brought entry ``n`` to the disk."""
+        return bool(self.uploader_status().get("durable", {}).get(str(self.rank), 0) >= n)
+
+    def wait_for(self, n: int, keys: Sequence[str], timeout: float | None) -> bool:
+        """Ask for a commit, and wait until these backends have entry ``n``; False after ``timeout`` seconds."""
+        if not keys or self.has_committed(n, keys):
+            return True
+        if not self._closed:
+            with self.working():
+                self.append(CommitEntry)
+        return self._wait(lambda: self.has_committed(n, keys), timeout)
+
+    def flush(self, timeout: float | None) -> bool:
+        """Ask for a commit, and wait until every backend has everything; False after ``timeout`` seconds."""
+        with self.working():
+            asked = self.append(CommitEntry)
+        return self._wait(lambda: self.has_committed(asked, self.keys) and not self.waiting(), timeout)
+
+    def end(self, status: str, timeout: float | None) -> bool:
+        """The last line; wait as `flush`, without ``timeout`` as long as the limits say. Closes the journal."""
+        with self._lock:
+            asked = self._journal.last
+            with suppress(StorageError):  # a full disk: what was handed over before is safe
+                asked = self.append(EndEntry, status=status)
+            self._closed = True
+        try:
+            if self._limits.at_exit == "skip":
+                return not self.waiting()
+            return self._wait(
+                lambda: self.has_committed(asked, self.keys) and not self.waiting(),
+                self._limits.exit_seconds if timeout is None else timeout,
+                hopeless=timeout is None,
+            )
+        finally:
+            self._journal.close()
+
+    def _wait(self, done: Callable[[], bool], timeout: float | None, *, hopeless: bool = False) -> bool:
+        give_up = None if timeout is None else time.monotonic() + timeout
+        failing: float | None = None
+        while not done():
+            at = time.monotonic()
+            if give_up is not None and at >= give_up:
+                return False
+            if at - self._beat >= _HEARTBEAT:
+                self.check_uploader()
+                if hopeless:
+                    states = {b.get("state") for b in self.uploader_status().get("backends", {}).values()}
+                    failing = (failing or at) if states and states.isdisjoint(("ok", "opening")) else None
+                    if failing is not None and at - failing >= _HOPELESS:
+                        return False
+            time.sleep(_TICK)
+        return True
+
+    # -- the uploader -------------------------------------------------------------------------------------------------
+
+    def uploader_status(self) -> dict[str, Any]:
+        """What the uploader last said."""
+        return read_json(self._directory.status) if self.keys else {}
+
+    def check_uploader(self) -> None:
+        """See to it that there is an uploader, and tell of what it could not do.
+
+        Raises:
+            StorageError: Where troubles raise.
+        """
+        self._beat = time.monotonic()
+        if self._uploader is None:
+            return
+        try:
+            self._uploader.ensure()
+        except StorageError as error:
+            self._troubles.report(str(error))
+        backends = self.uploader_status().get("backends", {})
+        for backend in [backends[key] for key in self.keys if key in backends]:
+            said = [backend.get("error", {}).get("message"), backend.get("strangers"), *backend.get("lost", ())]
+            for message in filter(None, said):
+                self._troubles.report(f"{message} (training goes on, and what was handed over is kept)")
+
+
+def now() -> str:
+    """The time of an entry."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _is_full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
+        isinstance(error, StorageError) and error.retryable
+    )

@@ -1,0 +1,47 @@
+"""How far the backends of a run are, as their journals say: for trainers, handles and people; no process is asked."""
+
+from __future__ import annotations
+
+from mandapa.run.directory import RunDirectory
+from mandapa.run.journal import OUTCOMES, Intervals, JournalReader, Made, Started
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """What one backend has committed. For one thread at a time."""
+
+    def __init__(self, directory: RunDirectory, key: str) -> None:
+        self._reader: JournalReader[Started | Made] = JournalReader(directory.outcomes(key), OUTCOMES)
+        self._started: Started | None = None
+        self._versions: list[tuple[Intervals, str]] = []
+        self.done = Intervals()
+        self.newest = ""
+        """The address of the newest version of the run's folder."""
+        self.any = False
+        """Whether it has committed anything for the run's folder."""
+
+    def look(self) -> Progress:
+        """Read what is new."""
+        for line in self._reader.new():
+            if isinstance(line, Started):
+                self._started = line
+                continue
+            started, self._started = self._started, None
+            if started is None or started.txn != line.txn or started.early:
+                continue
+            batch = Intervals()
+            batch.add(started.batch)
+            self.done.add(started.batch)
+            self._versions.append((batch, line.version))
+            self.any |= started.folder
+            if started.folder and line.version:
+                self.newest = line.version
+        return self
+
+    def version(self, rank: int, n: int) -> str:
+        """The address of the version that an entry went into; empty when there is none."""
+        for batch, version in reversed(self._versions):
+            if (rank, n) in batch:
+                return version
+        return ""

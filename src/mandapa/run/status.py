@@ -1,0 +1,106 @@
+"""How far the runs in a directory are, as their files say: whether the machine may go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mandapa.run.batches import Feed
+from mandapa.run.committer import size_of, waits
+from mandapa.run.directory import RunDirectory, read_json
+from mandapa.run.journal import ENTRIES, JournalReader
+from mandapa.run.progress import Progress
+from mandapa.run.uploader import saved_backends
+
+__all__ = ["BackendStatus", "RunStatus", "look"]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One place that a run logs to."""
+
+    key: str
+    store: str
+    """A URL, or the class of an object store and what tells its place."""
+    artifact: str
+    pending: int
+    """Things that were handed over and are in no version there."""
+    pending_bytes: int
+    committed: str
+    """The newest version, as an address; empty: none yet."""
+    error: str
+    """What the uploader last could not do; empty when it could."""
+    withheld: tuple[str, ...]
+    """Options that were given to the run and are written nowhere, because they are secrets."""
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run."""
+
+    run: str
+    path: str
+    attempt: int
+    live: tuple[int, ...]
+    """Ranks whose trainer lives."""
+    uploading: bool
+    """Whether an uploader is at work."""
+    backends: tuple[BackendStatus, ...]
+
+    @property
+    def safe(self) -> bool:
+        """Whether everything that was handed over is committed."""
+        return not any(backend.pending for backend in self.backends)
+
+
+def look(directory: RunDirectory) -> RunStatus:
+    """Read the journals of a run. Asks no process and no store.
+
+    Raises:
+        StorageError: They cannot be read.
+        FormatVersionError: A newer mandapa wrote them.
+    """
+    feed = Feed()
+    for rank in directory.ranks():
+        for entry in JournalReader(directory.journal(rank), ENTRIES).new():
+            feed.take(rank, entry)
+    uploading = directory.uploader_lock().held()
+    told = read_json(directory.status).get("backends", {})
+    backends = []
+    for key, value in saved_backends(directory).items():
+        progress = Progress(directory, key).look()
+        pending = [
+            entry
+            for rank, entries in feed.entries.items()
+            for entry in entries
+            if waits(feed, key, progress.done, rank, entry)
+        ]
+        known = told.get(key, {})
+        backends.append(
+            BackendStatus(
+                key=key,
+                store=_place(value),
+                artifact=value["artifact"],
+                pending=len(pending),
+                pending_bytes=sum(map(size_of, pending)),
+                committed=progress.newest,
+                error=str(known.get("error", {}).get("message", "")) if pending else "",
+                withheld=tuple(value.get("withheld", ())),
+            )
+        )
+    return RunStatus(
+        run=directory.name,
+        path=directory.path,
+        attempt=max(feed.begun, default=0),
+        live=tuple(rank for rank in directory.ranks() if directory.rank_lock(rank).held()),
+        uploading=uploading,
+        backends=tuple(backends),
+    )
+
+
+def _place(value: dict[str, Any]) -> str:
+    store, options = str(value["store"]), value["options"]
+    if "://" in store or ":" not in store:
+        return store
+    where = "/".join(str(options[name]) for name in ("bucket", "container", "path", "prefix") if options.get(name))
+    return f"{store.rpartition(':')[2]} {where}".strip()

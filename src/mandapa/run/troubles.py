@@ -1,0 +1,33 @@
+"""How a run tells of what went wrong with logging: once each, and without ending the training."""
+
+from __future__ import annotations
+
+import warnings
+
+from mandapa.errors import StorageError
+
+__all__ = ["Troubles"]
+
+
+class Troubles:
+    """Warns, or with ``strict`` raises."""
+
+    def __init__(self, *, strict: bool) -> None:
+        self.strict = strict
+        self._told: set[str] = set()
+
+    def report(self, message: str) -> None:
+        """Logging has failed at something.
+
+        Raises:
+            StorageError: With ``strict``.
+        """
+        if self.strict:
+            raise StorageError(message)
+        self.warn(message)
+
+    def warn(self, message: str) -> None:
+        """Something that one should know; the same is said once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,364 @@
+"""The uploader: one lean process for a run's directory, which makes versions of what its ranks hand over.
+
+::
+
+    python -m mandapa.run.uploader DIR        # started by a run, in a session of its own; backends on standard input
+
+It outlives a killed trainer until all is committed, and may itself be killed at any moment: its journals say where to
+go on. It loads no trainer and no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from mandapa.errors import InvalidInputError, MandapaError
+from mandapa.run.backend import key_of, public, spec_from, value_of
+from mandapa.run.committer import Committer, Hub
+from mandapa.run.directory import RunDirectory, read_json, write_json
+from mandapa.run.journal import (
+    ENTRIES,
+    ArtifactEntry,
+    AssetEntry,
+    CheckpointEntry,
+    Entry,
+    JournalReader,
+    UseEntry,
+)
+from mandapa.run.logger import BackendSpec
+from mandapa.run.process import fingerprint
+from mandapa.run.secrets import redact
+from mandapa.run.staging import drop_links, release
+
+__all__ = ["Uploader", "main", "saved_backends"]
+
+_TICK = 0.05  # seconds between looks at the journals
+_LIVENESS = 0.2
+_STATUS = 0.2
+_LOG_MAX = 4 << 20
+
+
+class Uploader:
+    """Follows the journals of a run's directory and drives a committer for each backend.
+
+    Args:
+        directory: The run's, whose uploader lock the caller holds.
+        specs: Backends by key.
+        linger: Seconds to go on trying after the last trainer is gone.
+        commit_every: Seconds that something waits at most.
+        once: Commit all that waits, and end when that is done or when a backend has failed.
+        config: What `fingerprint` is made of, to tell trainers which backends this uploader has.
+    """
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        specs: Mapping[str, BackendSpec],
+        *,
+        linger: float = 1800.0,
+        commit_every: float = 600.0,
+        once: bool = False,
+        config: bytes = b"",
+    ) -> None:
+        self._directory = directory
+        self._linger = linger
+        self._once = once
+        self._hub = Hub(urgent=once)
+        self._readers: dict[int, JournalReader[Any]] = {}
+        self._durable: dict[int, int] = {}
+        self._unsynced: list[tuple[int, Entry]] = []
+        self._retired: dict[int, list[CheckpointEntry]] = {}
+        self._counts: dict[str, tuple[int, int]] = {}
+        self._seen_done: list[int] = []
+        self._ending = False
+        self._request = self._requested()
+        self._status: dict[str, Any] = {}
+        self._status_at = 0.0
+        salt = os.urandom(16).hex()
+        self._identity = {"pid": os.getpid(), "salt": salt, "config": fingerprint(config, salt)}
+        self.committers = {
+            key: Committer(key, spec, directory, self._hub, commit_every=commit_every, tell=self.tell)
+            for key, spec in specs.items()
+        }
+
+    def tell(self, text: str) -> None:
+        """A line for the log, without secrets."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        line = f"{now} {redact(text)}\n".encode(errors="replace")
+        with suppress(OSError):
+            fd = os.open(self._directory.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.fstat(fd).st_size > _LOG_MAX:
+                    os.ftruncate(fd, 0)
+                os.write(fd, line)
+            finally:
+                os.close(fd)
+
+    def end_soon(self) -> None:
+        """The machine is about to go: the newest checkpoint first, then the rest, then the end."""
+        self._ending = True
+        with self._hub.changed:
+            self._hub.urgent = self._hub.newest_first = True
+            self._hub.changed.notify_all()
+
+    def run(self) -> bool:
+        """Work until there is nothing left to do; whether everything is committed then."""
+        self._poll()
+        self._look_for_life()
+        self._release()
+        for committer in self.committers.values():
+            committer.start()
+        syncer = threading.Thread(target=self._sync, name="mandapa-sync", daemon=True)
+        syncer.start()
+        looked = last_alive = time.monotonic()
+        drained = False
+        while True:
+            time.sleep(_TICK)
+            changed = self._poll()
+            now = time.monotonic()
+            if now - looked >= _LIVENESS:
+                looked = now
+                changed |= self._look_for_life()
+                if (request := self._requested()) != self._request:
+                    self._request = request
+                    with self._hub.changed:
+                        self._hub.urgent = True
+                        changed = True
+            if changed:
+                with self._hub.changed:
+                    self._hub.changed.notify_all()
+            if changed or [id(c.done) for c in self.committers.values()] != self._seen_done:
+                self._release()
+            drained = not any(count for count, _ in self._counts.values())
+            if drained and not self._once and not self._ending and self._hub.urgent:
+                with self._hub.changed:
+                    self._hub.urgent = False
+            self._write_status()
+            if any(self._hub.feed.live.values()):
+                last_alive = now
+            if self._is_over(drained, now - last_alive):
+                break
+        with self._hub.changed:
+            self._hub.stopping = True
+            self._hub.changed.notify_all()
+        for committer in self.committers.values():
+            committer.stop(0.2)
+        self._release()
+        self._write_status(last=True)
+        if drained and not any(self._hub.feed.live.values()):
+            drop_links(self._directory)
+        return drained
+
+    def _is_over(self, drained: bool, alone: float) -> bool:
+        if self._once:
+            failed = all(c.report["state"] not in ("opening", "ok") for c in self._waiting())
+            return drained or failed
+        if self._ending and drained:
+            return True
+        return not any(self._hub.feed.live.values()) and (drained or alone >= self._linger)
+
+    def _waiting(self) -> list[Committer]:
+        return [c for c in self.committers.values() if self._counts[c.key][0] or c.report["state"] == "opening"]
+
+    # -- the journals -------------------------------------------------------------------------------------------------
+
+    def _poll(self) -> bool:
+        """Read what is new in the journals."""
+        new = False
+        now = time.monotonic()
+        for rank in self._directory.ranks():
+            reader = self._readers.get(rank)
+            if reader is None:
+                reader = self._readers[rank] = JournalReader(self._directory.journal(rank), ENTRIES)
+            damaged = reader.damaged
+            for entry in reader.new():
+                new = True
+                with self._hub.changed:
+                    self._take(rank, entry, now)
+            if reader.damaged > damaged:
+                self.tell(f"{reader.path}: {reader.damaged - damaged} lines are damaged and were left out")
+        return new
+
+    def _take(self, rank: int, entry: Entry, now: float) -> None:
+        feed = self._hub.feed
+        if isinstance(entry, UseEntry) and entry.address not in feed.used:
+            feed.used.append(entry.address)
+        feed.take(rank, entry)
+        self._hub.seen[rank, entry.n] = now
+        self._unsynced.append((rank, entry))
+
+    def _look_for_life(self) -> bool:
+        """Ask which ranks have a live trainer; whether that changed."""
+        live = {rank: self._directory.rank_lock(rank).held() for rank in self._directory.ranks()}
+        with self._hub.changed:
+            if live == self._hub.feed.live:
+                return False
+            self._hub.feed.live = live
+        return True
+
+    def _requested(self) -> int:
+        """When somebody last asked for a commit of everything, from outside."""
+        try:
+            return os.stat(self._directory.request).st_mtime_ns
+        except OSError:
+            return 0
+
+    # -- durable ------------------------------------------------------------------------------------------------------
+
+    def _sync(self) -> None:
+        """Bring what was handed over onto the disk, again and again: a second later the machine may restart."""
+        while not self._hub.stopping:
+            with self._hub.changed:
+                waiting, self._unsynced = self._unsynced, []
+            ranks = {}
+            for rank, entry in waiting:
+                for source in _sources(entry):
+                    _fsync(self._directory.source(source))
+                ranks[rank] = entry.n
+            if ranks:
+                _fsync(self._directory.staged)
+            for rank, n in ranks.items():
+                _fsync(self._directory.journal(rank))
+                self._durable[rank] = n
+            time.sleep(_TICK)
+
+    # -- letting go ---------------------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """Drop what every backend has; its bytes go, but for the newest checkpoints. Then count what waits."""
+        done = {key: committer.done for key, committer in self.committers.items()}
+        self._seen_done = [id(intervals) for intervals in done.values()]
+        gone: list[tuple[int, Entry]] = []
+        with self._hub.changed:
+            feed = self._hub.feed
+            for rank, entries in feed.entries.items():
+                keep = []
+                for entry in entries:
+                    if all((rank, entry.n) in done[key] for key in done if feed.wanted(key, rank, entry)):
+                        gone.append((rank, entry))
+                    else:
+                        keep.append(entry)
+                if len(keep) < len(entries):
+                    feed.entries[rank] = keep
+            for rank, entry in gone:
+                self._hub.seen.pop((rank, entry.n), None)
+            self._counts = {key: committer.pending() for key, committer in self.committers.items()}
+        for rank, entry in gone:
+            if isinstance(entry, CheckpointEntry):
+                retired = self._retired.setdefault(rank, [])
+                retired.append(entry)
+                while len(retired) > entry.keep_local:
+                    release(self._directory, retired.pop(0))
+            else:
+                release(self._directory, entry)
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def _write_status(self, *, last: bool = False) -> None:
+        """Replace ``status.json`` when it says something new, a few times a second at most."""
+        now = time.monotonic()
+        if now - self._status_at < _STATUS and not last and self._status:
+            return
+        backends = {}
+        with self._hub.changed:
+            for key, committer in self.committers.items():
+                count, size = self._counts[key]
+                backends[key] = {**committer.report, "pending": count, "pending_bytes": size}
+            live = [rank for rank, alive in self._hub.feed.live.items() if alive]
+            tail = {str(rank): entries[-1].n for rank, entries in self._hub.feed.entries.items() if entries}
+        status = {
+            **self._identity,
+            "running": not last,
+            "live": live,
+            "durable": {str(rank): n for rank, n in self._durable.items()},
+            "waiting_for": tail,
+            "backends": backends,
+        }
+        if status != self._status:
+            self._status, self._status_at = status, now
+            try:
+                write_json(self._directory.status, redact(status))
+            except OSError as error:
+                self._status = {}
+                self.tell(f"the status cannot be written: {error}")
+
+
+def _sources(entry: Entry) -> list[str]:
+    if isinstance(entry, AssetEntry):
+        return [entry.file.source]
+    if isinstance(entry, CheckpointEntry):
+        return [file.source for file in entry.files]
+    return [entry.source] if isinstance(entry, ArtifactEntry) else []
+
+
+def _fsync(path: str) -> None:
+    """Everything below ``path`` is on the disk when this returns, as far as it is there and the disk works."""
+    with suppress(OSError):
+        if os.path.isdir(path) and not path.endswith(os.sep + "staged"):
+            for name in os.listdir(path):
+                _fsync(os.path.join(path, name))
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def saved_backends(directory: RunDirectory) -> dict[str, dict[str, Any]]:
+    """The backends that the run has ever had, as far as the disk knows them: without secrets."""
+    found = {}
+    with suppress(OSError):
+        for name in sorted(os.listdir(directory.backends)):
+            value = read_json(os.path.join(directory.backends, name))
+            if name.endswith(".json") and {"store", "options", "artifact"} <= value.keys():
+                found[name.removesuffix(".json")] = value
+    return found
+
+
+def _configured(directory: RunDirectory, config: bytes) -> dict[str, BackendSpec]:
+    """The backends on standard input, and those of former attempts; the first are noted, without their secrets."""
+    specs = {key: spec_from(value) for key, value in saved_backends(directory).items()}
+    if config:
+        for value in msgspec.json.decode(config)["backends"]:
+            spec = spec_from(value)
+            key = key_of(spec)
+            specs[key] = spec
+            write_json(directory.backend(key), public(value_of(spec)), durable=True)
+    return specs
+
+
+def main(arguments: list[str]) -> int:
+    """Run as a program; 0: everything is committed, 1: not, 3: another uploader is at work."""
+    (path,) = arguments
+    config = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    with suppress(OSError):
+        os.nice(10)
+    try:
+        directory = RunDirectory(path)
+        lock = directory.uploader_lock()
+        if not lock.take(patience=2.0):
+            return 3
+        options = msgspec.json.decode(config).get("limits", {}) if config else {}
+        uploader = Uploader(directory, _configured(directory, config), config=config, **options)
+    except (MandapaError, InvalidInputError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=uploader.end_soon, daemon=True).start())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    drained = uploader.run()
+    # Threads may hang in a store that never answers.
+    os._exit(0 if drained else 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

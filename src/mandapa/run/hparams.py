@@ -89,7 +89,7 @@ class _Plain:
         except Exception as error:  # an object's own code may raise anything
             raise InvalidInputError(
                 f"{where}: a {type(value).__qualname__} that fails to give its values: {type(error).__name__}: "
-                f"{str(error)[:_TEXT_MAX]}"
+                f"{' '.join(str(error).split())[:_TEXT_MAX]}"
             ) from error
         finally:
             self._open.discard(id(value))
@@ -319,7 +319,7 @@ def from_yaml(text: str) -> dict[str, Any] | None:
         value, _ = _read(_tokens(text), 0, 0)
         # The same text comes out of exactly the values that it was written from: nothing else needs to be checked.
         return value if isinstance(value, dict) and to_yaml(value) == text else None
-    except (ValueError, LookupError, RecursionError):
+    except (ValueError, LookupError, OverflowError, RecursionError):
         return None
 
 

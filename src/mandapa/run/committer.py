@@ -35,6 +35,7 @@ from mandapa.run.journal import (
     ArtifactEntry,
     AssetEntry,
     CheckpointEntry,
+    EndEntry,
     Entry,
     Intervals,
     Journal,
@@ -107,7 +108,6 @@ class Committer:
         self._journal = Journal(directory.outcomes(key), OUTCOMES)
         self._repo: Repository | None = None
         self._failures = 0
-        self._made: set[int] = set()
         self._started: Started | None = None
         self.done = Intervals()
         """What is committed; replaced, never changed."""
@@ -124,8 +124,6 @@ class Committer:
             self._started = line
             return
         started, self._started = self._started, None
-        if line.number is not None:
-            self._made.add(line.number)
         if line.version:
             self.report["committed"] = line.version
         if started is None or started.txn != line.txn or started.early:
@@ -261,7 +259,14 @@ class Committer:
             at = states[at].op.parent
         best = newest_checkpoint(line)
         if best is not None:
-            found["checkpoint"] = {"number": best.number, "address": best.address, "metadata": dict(best.metadata)}
+            # What the run added after its checkpoint belongs to it, as long as there was no other one.
+            folder = best
+            for version in reversed(line[: line.index(best)]):
+                if _has_step(version):
+                    break
+                folder = version
+            facts = dict(best.metadata)
+            found["checkpoint"] = {"folder": folder.number, "address": best.address, "metadata": facts}
         with suppress(MandapaError, msgspec.DecodeError):
             facts = msgspec.json.decode(newest.open(".mandapa/run.json").read(_TEXT_MAX))
             found["attempt"] = int(facts["attempt"])
@@ -351,7 +356,7 @@ class Committer:
         artifact = Artifact(repo, self._spec.artifact, run=self._directory.name)
         parts = [entry for entry in entries if isinstance(entry, CheckpointEntry)]
         whole = bool(parts) and not started.as_incomplete
-        message, metadata = _describe(parts) if whole else ("", {})
+        message, metadata = _describe(parts) if whole else (_ended(entries), {})
         base = self._live(artifact, base)
         for standing in (None, () if base is None else artifact.version(base).assets):
             try:
@@ -460,7 +465,11 @@ class Committer:
         assert version is not None
         if not txn.made or base is None:
             return
-        between = [number for number in range(base + 1, version.number) if number not in self._made]
+        if version.number == base + 1:
+            return
+        versions = version.artifact.state().versions
+        numbers = range(base + 1, version.number)
+        between = [number for number in numbers if versions[number].record.run != self._directory.name]
         if between:
             named = ", ".join(f"v{number}" for number in between[:5]) + (", ..." if len(between) > 5 else "")
             message = (
@@ -473,8 +482,12 @@ class Committer:
 
 def newest_checkpoint(versions: list[Version]) -> Version | None:
     """The version with the checkpoint of the highest step; of several, the newest."""
-    found = [version for version in versions if type(version.metadata.get("step")) is int]
+    found = [version for version in versions if _has_step(version)]
     return max(found, key=lambda version: (version.metadata["step"], version.number), default=None)
+
+
+def _has_step(version: Version) -> bool:
+    return type(version.metadata.get("step")) is int
 
 
 def waits(feed: Feed, key: str, done: Intervals, rank: int, entry: Entry) -> bool:
@@ -491,6 +504,11 @@ def size_of(entry: Entry) -> int:
     if isinstance(entry, ArtifactEntry):
         return entry.size
     return sum(file.size for file in entry.files) if isinstance(entry, CheckpointEntry) else 0
+
+
+def _ended(entries: list[Entry]) -> str:
+    """How the attempt ended, when the entries say so: the message of a version without a checkpoint."""
+    return next((entry.status for entry in entries if isinstance(entry, EndEntry)), "")
 
 
 def _describe(parts: list[CheckpointEntry]) -> tuple[str, dict[str, Any]]:

@@ -30,7 +30,8 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     base: dict[str, int | None]
     """Backend -> the version that the run's folder is from here on, None: empty. Not there: as it was."""
     store: dict[str, Any] | None
-    """The checkpoint in a store to go on from: ``key`` of the backend, ``number``, ``address``, ``metadata``."""
+    """The checkpoint in a store to go on from: ``key`` of the backend, ``folder`` (the version that the
+    run's folder goes on from), ``address``, ``metadata``."""
 
 
 class _Launches(msgspec.Struct, kw_only=True):
@@ -119,7 +120,7 @@ def _base(
     base: dict[str, int | None] = {}
     for key, known in opened.items():
         if store is not None and key == store["key"]:
-            base[key] = store["number"]
+            base[key] = store["folder"]
         elif not settled[key] and "newest" in known:
             base[key] = known["newest"]
     return base

@@ -55,6 +55,7 @@ INCOMPLETE = "incomplete-checkpoint"
 _IDLE = 0.25  # seconds between looks when nothing happens
 _PAUSE_FIRST, _PAUSE_MOST = 0.5, 60.0  # seconds after a failure
 _TEXT_MAX = 64 << 10
+_USED_MAX = 100  # addresses that a record names, the newest: with the longest names they leave room for the rest
 
 
 @dataclass
@@ -302,7 +303,7 @@ class Committer:
                 for entry in entries
                 if (rank, entry.n) in wanted
             ]
-            used = list(self._hub.feed.used)
+            used = self._hub.feed.used[-_USED_MAX:]
             began = self._hub.feed.begun.get(started.attempt)
         base = self._tip
         if started.attempt > self._attempt and began is not None and self.key in began.base:
@@ -512,10 +513,8 @@ def _ended(entries: list[Entry]) -> str:
 
 
 def _describe(parts: list[CheckpointEntry]) -> tuple[str, dict[str, Any]]:
-    """Message and metadata of a checkpoint's version; where ranks differ, the lowest one's word counts."""
-    metadata: dict[str, Any] = {}
-    for part in reversed(parts):
-        metadata.update(part.metrics)
+    """Message and metadata of a checkpoint's version; the metrics are those of the lowest rank that has some."""
+    metadata = dict(next((part.metrics for part in parts if part.metrics), {}))
     metadata["step"] = parts[0].step
     if parts[0].epoch is not None:
         metadata["epoch"] = parts[0].epoch

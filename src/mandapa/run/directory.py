@@ -29,18 +29,23 @@ _RANK = re.compile(r"rank([0-9]{1,7})\.lock")
 _PATIENCE = 1.0  # seconds; somebody who only looks holds a lock for microseconds
 
 
+_held: dict[tuple[int, str], int] = {}
+"""(process, path) -> descriptor of the locks of this process; a forked child has none of them."""
+
+
 class Lock:
     """A lock on a file that ends with its process, and is not inherited by a forked child.
 
-    A process opens the file once: closing any descriptor of it would give the lock up.
+    While a process has it, it does not open the file again: closing any descriptor of it would give the lock up.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._fd = -1
 
     def take(self, *, patience: float = 0.0) -> bool:
-        """Whether it was free; it is ours then."""
+        """Whether it was free; it is ours then. One that this very process has is not free."""
+        if (os.getpid(), self.path) in _held:
+            return False
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         give_up = time.monotonic() + patience
         while True:
@@ -53,13 +58,15 @@ class Lock:
                 os.close(fd)
                 return False
             break
-        self._fd = fd
+        _held[os.getpid(), self.path] = fd
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         return True
 
     def held(self) -> bool:
-        """Whether another process has it now."""
+        """Whether a process has it now, this one included."""
+        if (os.getpid(), self.path) in _held:
+            return True
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -79,10 +86,10 @@ class Lock:
         return ""
 
     def release(self) -> None:
-        """Give it up."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Give it up, if this process has it."""
+        fd = _held.pop((os.getpid(), self.path), None)
+        if fd is not None:
+            os.close(fd)
 
 
 class _Marker(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,17 +84,21 @@ class Outbox:
         Raises:
             ClosedError: It is closed, or this process was forked.
         """
-        if os.getpid() != self._pid:  # before any lock is touched: it may have been copied while it was held
-            raise ClosedError(
-                f"the run {self._directory.name!r} belongs to the process that forked this one (a DataLoader's worker, "
-                "say): log from the training process only"
-            )
+        self._check_process()
         with self._lock:
             if self._closed:
                 raise ClosedError(f"the run {self._directory.name!r} is closed")
             yield
             if time.monotonic() - self._beat >= _HEARTBEAT:
                 self.check_uploader()
+
+    def _check_process(self) -> None:
+        """Before any lock is touched: a fork may have copied it while it was held."""
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"the run {self._directory.name!r} belongs to the process that forked this one (a DataLoader's worker, "
+                "say): log from the training process only"
+            )
 
     # -- handing over -------------------------------------------------------------------------------------------------
 
@@ -199,11 +203,13 @@ class Outbox:
 
     def has_committed(self, n: int, keys: Sequence[str]) -> bool:
         """Whether these backends have entry ``n``."""
+        self._check_process()
         with self._lock:
             return all((self.rank, n) in self.progress[key].look().done for key in keys)
 
     def version_of(self, n: int, keys: Sequence[str]) -> str | None:
         """The version that entry ``n`` went into, in the first of these backends."""
+        self._check_process()
         with self._lock:
             return next((self.progress[key].look().version(self.rank, n) or None for key in keys), None)
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -56,8 +57,8 @@ class UploaderProcess:
             return
         self._start()
 
-    def begin(self, patience: float) -> dict[str, Any]:
-        """An uploader with this configuration; its status once it knows of every backend, or as it is after that time.
+    def begin(self, patience: float, keys: Collection[str]) -> dict[str, Any]:
+        """An uploader with this configuration; its status once it knows of these backends, or as it is after that time.
 
         Raises:
             ConflictError: One with another configuration is at work and cannot be ended from here.
@@ -72,8 +73,11 @@ class UploaderProcess:
                 raise StorageError(f"the uploader ended at once; {self._directory.log} says why")
             if self._directory.uploader_lock().held():
                 if status.get("running") and ours:
-                    states = [backend["state"] for backend in status.get("backends", {}).values()]
-                    if "opening" not in states or time.monotonic() > give_up:
+                    backends = status.get("backends", {})
+                    if (
+                        all(backends.get(key, {}).get("state", "opening") != "opening" for key in keys)
+                        or time.monotonic() > give_up
+                    ):
                         return status
                 elif status.get("running") and (child is None or status.get("pid") != child.pid):
                     self._replace(int(status.get("pid", 0)))

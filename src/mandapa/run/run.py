@@ -158,7 +158,7 @@ class Run:
             limits = {"linger": self._limits.linger, "commit_every": self._limits.commit_every}
             config = {"backends": [value for _, value in self._backends.values()], "limits": limits}
             uploader = UploaderProcess(directory, msgspec.json.encode(config))
-            known = uploader.begin(ACCESS_PATIENCE).get("backends", {})
+            known = uploader.begin(ACCESS_PATIENCE, self._backends.keys()).get("backends", {})
             self._check_access(known)
         opened = {key: known.get(key, {}).get("opened") or {} for key in self._backends}
         former = self._former_hparams(opened)
@@ -439,6 +439,7 @@ class Run:
             if epoch is not None:
                 _check_step(epoch, "epoch")
             facts = clean_metadata(metrics)
+            clean_metadata({**facts, "step": step, "epoch": epoch})  # together they are the version's
             if self.rank not in self._savers:
                 raise InvalidInputError(
                     "parts of a checkpoint on several machines are not supported yet: save a whole state on rank 0 only"

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -54,6 +54,7 @@ class Uploader:
     Args:
         directory: The run's, whose uploader lock the caller holds.
         specs: Backends by key.
+        current: Those that are looked at though nothing waits for them.
         linger: Seconds to go on trying after the last trainer is gone.
         commit_every: Seconds that something waits at most.
         once: Commit all that waits, and end when that is done or when a backend has failed.
@@ -65,6 +66,7 @@ class Uploader:
         directory: RunDirectory,
         specs: Mapping[str, BackendSpec],
         *,
+        current: Collection[str] = (),
         linger: float = 1800.0,
         commit_every: float = 600.0,
         once: bool = False,
@@ -72,6 +74,7 @@ class Uploader:
     ) -> None:
         self._directory = directory
         self._linger = linger
+        self._current = current
         self._once = once
         self._hub = Hub(urgent=once)
         self._readers: dict[int, JournalReader[Any]] = {}
@@ -116,6 +119,9 @@ class Uploader:
         self._poll()
         self._look_for_life()
         self._release()
+        idle = [key for key, (count, _) in self._counts.items() if not count and key not in self._current]
+        for key in idle:
+            del self.committers[key], self._counts[key]
         for committer in self.committers.values():
             committer.start()
         syncer = threading.Thread(target=self._sync, name="mandapa-sync", daemon=True)
@@ -224,6 +230,10 @@ class Uploader:
             for rank, entry in waiting:
                 for source in _sources(entry):
                     _fsync(self._directory.source(source))
+                    if isinstance(entry, ArtifactEntry):
+                        for folder, _, names in os.walk(self._directory.source(source)):
+                            for path in (*names, "."):
+                                _fsync(os.path.join(folder, path))
                 ranks[rank] = entry.n
             if ranks:
                 _fsync(self._directory.staged)
@@ -297,16 +307,15 @@ def _sources(entry: Entry) -> list[str]:
     if isinstance(entry, AssetEntry):
         return [entry.file.source]
     if isinstance(entry, CheckpointEntry):
-        return [file.source for file in entry.files]
+        files = [file.source for file in entry.files]
+        folders = {os.path.dirname(file) for file in files}
+        return [*files, *folders, *{os.path.dirname(folder) for folder in folders}]
     return [entry.source] if isinstance(entry, ArtifactEntry) else []
 
 
 def _fsync(path: str) -> None:
-    """Everything below ``path`` is on the disk when this returns, as far as it is there and the disk works."""
+    """The file or folder is on the disk when this returns, as far as it is there and the disk works."""
     with suppress(OSError):
-        if os.path.isdir(path) and not path.endswith(os.sep + "staged"):
-            for name in os.listdir(path):
-                _fsync(os.path.join(path, name))
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -326,14 +335,12 @@ def saved_backends(directory: RunDirectory) -> dict[str, dict[str, Any]]:
 
 
 def _configured(directory: RunDirectory, config: bytes) -> dict[str, BackendSpec]:
-    """The backends on standard input, and those of former attempts; the first are noted, without their secrets."""
-    specs = {key: spec_from(value) for key, value in saved_backends(directory).items()}
-    if config:
-        for value in msgspec.json.decode(config)["backends"]:
-            spec = spec_from(value)
-            key = key_of(spec)
-            specs[key] = spec
-            write_json(directory.backend(key), public(value_of(spec)), durable=True)
+    """The backends on standard input; they are noted, without their secrets."""
+    specs: dict[str, BackendSpec] = {}
+    for value in msgspec.json.decode(config)["backends"] if config else ():
+        spec = spec_from(value)
+        specs[key_of(spec)] = spec
+        write_json(directory.backend(key_of(spec)), public(value_of(spec)), durable=True)
     return specs
 
 
@@ -349,7 +356,9 @@ def main(arguments: list[str]) -> int:
         if not lock.take(patience=2.0):
             return 3
         options = msgspec.json.decode(config).get("limits", {}) if config else {}
-        uploader = Uploader(directory, _configured(directory, config), config=config, **options)
+        configured = _configured(directory, config)
+        former = {key: spec_from(value) for key, value in saved_backends(directory).items()}
+        uploader = Uploader(directory, {**former, **configured}, current=configured, config=config, **options)
     except (MandapaError, InvalidInputError) as error:
         sys.stderr.write(f"{error}\n")
         return 2

@@ -40,7 +40,7 @@ class Lock:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = os.path.realpath(path)
 
     def take(self, *, patience: float = 0.0) -> bool:
         """Whether it was free; it is ours then. One that this very process has is not free."""

@@ -31,6 +31,7 @@ class FileLogger(Logger):
         hparams  optimizer.lr: 0.001
         [stdout] what was printed
         [stderr] and what was warned of
+        [failed] the traceback that ended the attempt
 
     Times are UTC, hyperparameters JSON. Each line is in the file when the call returns, so it outlives the process. A
     printed line is written when it ends; of one that is drawn again and again, as progress bars are, the last state.
@@ -99,6 +100,10 @@ class FileLogger(Logger):
     def log_hparams(self, hparams: Mapping[str, Any]) -> None:
         """One line each."""
         self._write("".join([f"hparams  {name}: {value}\n" for name, value in _dotted(hparams)]))
+
+    def log_failure(self, text: str) -> None:
+        """The traceback, line by line."""
+        self._write("".join([f"[failed] {line}\n" for line in text.splitlines()]))
 
     def flush(self) -> None:
         """Hands the file over if it grew."""

@@ -55,6 +55,9 @@ class Logger:
     def log_hparams(self, hparams: Mapping[str, Any]) -> None:
         """All hyperparameters, as plain JSON values, secrets redacted."""
 
+    def log_failure(self, text: str) -> None:
+        """The attempt ends with an exception; ``text`` is its traceback. `close` is next."""
+
     def flush(self) -> None:
         """Hand over what was written so far: a checkpoint, a commit or the end of the run is next."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -590,7 +591,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close; an exception marks the attempt as failed, and what was handed over is committed all the same."""
-        clean = kind is None or (isinstance(error, SystemExit) and not error.code)
+        clean = error is None or (isinstance(error, SystemExit) and not error.code)
+        if error is not None and not clean and not self._closed and self._pid == os.getpid():
+            text = "".join(traceback.format_exception(error))
+            for logger in self._loggers:
+                self._call(logger, lambda logger: logger.log_failure(text))
         self._close("finished" if clean else "failed", None)
 
     def _at_exit(self) -> None:

@@ -696,11 +696,9 @@ def test_a_killed_program_leaves_what_it_printed(tmp_path):
     assert (tmp_path / "logs-rank0.txt").read_text() == "[stdout] x\n"
 
 
-def test_a_traceback_that_ends_the_attempt_is_kept(run, tmp_path):
+def test_a_traceback_that_ends_the_attempt_is_kept(run):
     """Line by line, as the last thing in the file."""
-    logger = FileLogger(capture_stdout=False, capture_stderr=False)
-    logger.open(run)
+    logger = start(run, capture_stdout=False, capture_stderr=False)
     logger.log_failure("Traceback\n  here\nValueError: no")
     logger.close()
-    text = (tmp_path / "logs-rank0.txt").read_text()
-    assert text == "[failed] Traceback\n[failed]   here\n[failed] ValueError: no\n"
+    assert text(run) == "[failed] Traceback\n[failed]   here\n[failed] ValueError: no\n"

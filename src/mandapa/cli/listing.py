@@ -353,7 +353,7 @@ def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[st
 @common
 @pass_session
 def best(session: Session, artifact: str, by: str, least: bool, greatest: bool) -> None:
-    """Find the best version of ARTIFACT by a metric; of several the oldest."""
+    """Find the best version by a metric. Of several the oldest."""
     from mandapa.cli.values import version_value
 
     if least == greatest:

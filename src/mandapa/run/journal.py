@@ -192,6 +192,8 @@ class JournalReader(Generic[_T]):
         self._decoder = decoder
         self._offset = 0
         self._last = 0
+        self.end = 0
+        """Where the last whole line that was read ends."""
         self.damaged = 0
         """Lines that could not be read."""
 
@@ -210,14 +212,16 @@ class JournalReader(Generic[_T]):
             raise StorageError(f"{self.path} cannot be read: {error.strerror}") from error
         try:
             if os.fstat(fd).st_size < self._offset:
-                self._offset = 0  # somebody has cut it; numbers tell what is known
+                self._offset = self.end = 0  # somebody has cut it; numbers tell what is known
             rest = b""
-            while data := os.pread(fd, _READ, self._offset + len(rest)):
+            while data := self._read(fd, self._offset + len(rest)):
                 lines = (rest + data).split(b"\n")
                 rest = lines.pop()
                 for line in lines:
+                    found = self._decode(line + b"\n")
                     self._offset += len(line) + 1
-                    if (found := self._decode(line + b"\n")) is not None:
+                    self.end = self._offset
+                    if found is not None:
                         yield found
                 if len(rest) > LINE_MAX:
                     self._offset += len(rest)
@@ -226,10 +230,11 @@ class JournalReader(Generic[_T]):
         finally:
             os.close(fd)
 
-    @property
-    def end(self) -> int:
-        """Bytes of whole lines that were read."""
-        return self._offset
+    def _read(self, fd: int, at: int) -> bytes:
+        try:
+            return os.pread(fd, _READ, at)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def _decode(self, line: bytes) -> _T | None:
         try:

@@ -113,29 +113,44 @@ def blocks(text):
 
 
 STUBS = """
+import os
 import torch
-epochs = 3
+config = {"lr": 0.1}
+steps = 1700
 model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.Adam(model.parameters())
 losses = iter([3.0, 1.0, 2.0])
+trained = 0
 
-def train_one_epoch(model, optimizer):
+def train_step(model, optimizer):
+    global trained
+    trained += 1
     loss = model(torch.ones(2)).sum()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    return loss
+
+def validate(model):
     return next(losses)
+"""
+
+CHECKS = """
+assert trained == 200 and start == 1501, (trained, start)
+assert best.metadata == {"step": 1000, "val/loss": 1.0} and best.number == 1
+assert state["optimizer"]["state"][0]["step"] == 1000
+assert os.listdir("model") == ["checkpoint"]
+assert repo["corpus"].assets["raw.parquet"].kind == "url" and len(repo["corpus"].assets) == 2
 """
 
 
 def test_snippets_of_the_readme_run(tmp_path):
-    """Train, start again (nothing left to do), read: in a folder instead of a bucket."""
+    """Train, start again from the last checkpoint, read: in a folder instead of a bucket."""
     pytest.importorskip("torch")
-    train, read = (block.replace("s3://team-bucket/runs", "repo") for block in blocks(README))
-    checks = "assert best.metadata == {'loss': 1.0} and best.number == 1 and start == 3 and state['epoch'] == 1\n"
-    program = "\n".join(
-        [STUBS, train, STUBS, train, read, "import os\nassert os.listdir('model') == ['checkpoint']", checks]
-    )
+    train, read, plain = (block.replace("s3://team-bucket/runs", "repo") for block in blocks(README))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.txt").write_text("a")
+    program = "\n".join([STUBS, train, STUBS, train, read, plain, CHECKS])
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 

@@ -120,7 +120,7 @@ def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:
         error = told.get(backend.key, {}).get("error")
         if backend.pending and error:
             return error_from(str(error.get("type")), f"{found.run}: {error.get('message')}{_hint(backend)}")
-    return StorageError(f"{found.run}: not all is committed yet; call 'mandapa sync {found.path}' again")
+    return StorageError(f"{found.run}: not all is committed yet; call 'mandapa sync {_near(found.path)}' again")
 
 
 def _hint(backend: BackendStatus) -> str:
@@ -139,18 +139,23 @@ def _value(run: RunStatus) -> dict[str, Any]:
 def _text(run: RunStatus) -> str:
     doing = f"training (rank {', '.join(map(str, run.live))})" if run.live else "not training"
     uploader = "uploader at work" if run.uploading else "no uploader"
-    lines = [f"{clean(run.run)}  attempt {run.attempt}, {doing}, {uploader}  {clean(run.path)}"]
+    lines = [f"{clean(run.run)}  attempt {run.attempt}, {doing}, {uploader}  {_near(run.path)}"]
     if not run.backends:
         lines.append("  no backend logger: its files are in that folder only")
     for backend in run.backends:
         waits = f"{count(backend.pending, 'thing')} waiting, {size(backend.pending_bytes)}"
         committed = backend.committed or f"{backend.artifact}, no version yet"
-        lines.append(f"  {clean(committed)}  {waits if backend.pending else 'all committed'}  {clean(backend.store)}")
+        lines.append(f"  {clean(committed)}  {waits if backend.pending else 'all committed'}  {_near(backend.store)}")
         if backend.error:
             lines.append(f"    last error: {clean(backend.error)}")
     if not run.safe and not run.uploading:
-        lines.append(f"  nobody is committing this: mandapa sync {clean(run.path)}")
+        lines.append(f"  nobody is committing this: mandapa sync {_near(run.path)}")
     return "\n".join(lines)
+
+
+def _near(place: str) -> str:
+    """A path, relative when it is below the working directory; anything else as it is."""
+    return clean(place.removeprefix(os.path.join(os.getcwd(), "")))
 
 
 COMMANDS = (status, sync)

@@ -9,7 +9,7 @@ from mandapa.errors import MandapaError
 
 __all__ = ["command"]
 
-_NEEDED = {"torch": "torch", "sklearn": "scikit-learn", "tensorboard": "tensorboard", "yaml": "pyyaml"}
+_NEEDED = {"torch": "torch", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
 
 @click.command("demo")

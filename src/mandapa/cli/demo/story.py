@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from io import StringIO
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -21,8 +23,13 @@ import mandapa
 from mandapa.cli.demo.training import ARTIFACT, Config, evaluate, load_data, load_model
 from mandapa.cli.text import count, size
 from mandapa.errors import CorruptionError, InvalidInputError, MandapaError
+from mandapa.run.directory import RunDirectory
+from mandapa.run.status import look
 
 __all__ = ["Story"]
+
+_RUN = re.compile(r"demo-([0-9]{1,9})")
+_PATIENCE = 60.0  # seconds until an uploader that lives on must be done
 
 
 class Story:
@@ -30,7 +37,7 @@ class Story:
 
     Args:
         url: The repository; made if missing.
-        out: A folder for working files.
+        out: A folder for working files; the directories of runs are made in it.
         epochs: How long to train; the trainer is killed half way.
         run_command: Runs a command line of `mandapa`; gives its exit code.
         quiet: Print nothing.
@@ -49,15 +56,19 @@ class Story:
         digits = self._repo.artifact(ARTIFACT)
         before = [*digits.versions(), *digits.deleted()] if digits.exists() else []
         runs = {version.run for version in before}
-        if any(not run.startswith("demo-") for run in runs):
+        if not all(_RUN.fullmatch(run) for run in runs):
             raise InvalidInputError(f"the artifact '{ARTIFACT}' in {url} is not the demo's: run it in another folder")
-        number = 1 + len(runs)
-        self._config = Config(run=f"demo-{number}", epochs=epochs, seed=number)
+        # A run is what it is called: each call is a new one, also where a former call was stopped half way.
+        folders = os.listdir(out) if os.path.isdir(out) else []
+        number = 1 + max((int(found[1]) for found in map(_RUN.fullmatch, [*runs, *folders]) if found), default=0)
+        self._name = f"demo-{number}"
+        self._config = Config(epochs=epochs, seed=number)
         self._kill_at = epochs // 2 + 1
-        self._work = os.path.join(out, self._config.run)
+        self._out = out
+        self._directory = os.path.join(out, self._name)
         self._restored = os.path.join(out, "best")
         self._step = 0
-        self._result: dict[str, Any] = {"artifact": ARTIFACT, "run": self._config.run, "repository": self._repo.url}
+        self._result: dict[str, Any] = {"artifact": ARTIFACT, "run": self._name, "repository": self._repo.url}
 
     def run(self) -> dict[str, Any]:
         """Do it all; gives the facts.
@@ -68,14 +79,18 @@ class Story:
         """
         self._say("A small network learns to read handwritten digits (1,797 images that come with scikit-learn).")
         self._say(f"Each epoch becomes a version of the artifact '{ARTIFACT}' in {self._url}: checkpoint, TensorBoard")
-        self._say(f"events, log and hparams.yaml. This is run {self._config.run}; it works in {self._work}/.")
-        shutil.rmtree(self._work, ignore_errors=True)
-        self._title(f"Train, and be killed in epoch {self._kill_at} of {self._config.epochs}")
+        self._say(f"events, log and hparams.yaml. This is run {self._name}; its directory is {self._directory}.")
+        self._title(
+            f"Train, and be killed while epoch {self._kill_at} of {self._config.epochs} is on its way to the store"
+        )
         self._train(kill=True)
-        self._title("Start the same program again")
-        # As on another machine: nothing is left but the repository.
-        shutil.rmtree(self._work, ignore_errors=True)
+        self._title("What the dead trainer has handed over is not lost")
+        self._outlive()
+        self._title("Start the same program again, as on another machine")
+        self._say(f"$ rm -r {self._directory}")
+        shutil.rmtree(self._directory)
         self._train(kill=False)
+        self._wait()
         self._look()
         self._check()
         self._restore()
@@ -84,28 +99,25 @@ class Story:
     # -- training -----------------------------------------------------------------------------------------------------
 
     def _train(self, *, kill: bool) -> None:
-        self._say(f"$ python -m mandapa.cli.demo.training {self._url} {self._work} ...")
-        with self._trainer() as (trainer, events):
-            for event in events:
-                if "resumed" in event:
-                    self._result["resumed_from"] = event["resumed"]
-                    self._say(
-                        f"resumed from {event['resumed']}: model, optimizer and random state of epoch {event['epoch']}"
-                    )
-                elif "version" in event:
-                    self._epoch(event)
-                elif kill and event.get("committing") == self._kill_at:
+        """Let the program train, and show what it prints."""
+        self._say(f"$ python -m mandapa.cli.demo.training {self._url} {self._name} ...")
+        with self._trainer() as (trainer, lines):
+            for line in lines:
+                self._say(line.rstrip("\n"))
+                if found := re.match(r"resumed from (\S+):", line):
+                    self._result["resumed_from"] = found[1]
+                elif kill and line.startswith(f"epoch {self._kill_at} "):
                     os.kill(trainer.pid, signal.SIGKILL)
                     trainer.wait()
-                    self._killed()
+                    self._result["killed_in_epoch"] = self._kill_at
                     return
         if kill:
             raise MandapaError("the trainer ended before it could be killed")
 
     @contextmanager
-    def _trainer(self) -> Iterator[tuple[subprocess.Popen[str], Iterator[dict[str, Any]]]]:
-        """The training program in a session of its own, and what it reports; it never outlives the block."""
-        arguments = [self._url, self._work, json.dumps(asdict(self._config))]
+    def _trainer(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+        """The training program in a session of its own, and what it prints; it never outlives the block."""
+        arguments = [self._url, self._name, self._out, json.dumps(asdict(self._config))]
         command = [sys.executable, "-m", "mandapa.cli.demo.training", *arguments]
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as noise:
             trainer = subprocess.Popen(  # noqa: S603 - our own program
@@ -113,7 +125,7 @@ class Story:
             )
             assert trainer.stdout is not None
             try:
-                yield trainer, map(json.loads, trainer.stdout)
+                yield trainer, trainer.stdout
                 if trainer.wait() not in (0, -signal.SIGKILL):
                     noise.seek(0)
                     last = noise.read().strip().rpartition("\n")[2]
@@ -123,30 +135,34 @@ class Story:
                 trainer.wait()
                 trainer.stdout.close()
 
-    def _epoch(self, event: dict[str, Any]) -> None:
-        version = self._repo[event["version"]]
-        best = ", the best so far" if "best" in version.names else ""
-        numbers = f"loss {event['loss']:.4f}  accuracy {event['accuracy']:.4f}"
-        self._say(f"epoch {event['epoch']}  {numbers}  -> {version.address}{best}")
+    def _outlive(self) -> None:
+        """Show that the uploader, which nobody killed, commits what it was given, and ends."""
+        waiting = sum(backend.pending for backend in look(RunDirectory(self._directory)).backends)
+        things = count(waiting, "thing")
+        self._say(f"It was killed with SIGKILL, when {things} that it had handed over waited for a commit.")
+        self._say("The uploader, a process of its own, commits what waits, and ends. May this machine go then?")
+        self._wait()
+        if self._command("status", self._directory):
+            raise MandapaError(f"{self._directory}: not all is committed; .run/uploader.log there says why")
 
-    def _killed(self) -> None:
-        """Say what the store has after the kill."""
-        newest = self._repo.artifact(ARTIFACT).version()
-        self._result["killed_in_epoch"] = self._kill_at
-        done = newest.run == self._config.run and newest.metadata["epoch"] == self._kill_at
-        moment = "right after its commit" if done else "in the middle of its commit"
-        self._say(f"epoch {self._kill_at}  killed with SIGKILL, {moment}")
-        self._say(f"The newest version is {newest.address}, of epoch {newest.metadata['epoch']}, and it is whole.")
+    def _wait(self) -> None:
+        """Until there is no uploader any more."""
+        directory, give_up = RunDirectory(self._directory), time.monotonic() + _PATIENCE
+        while directory.uploader_lock().held():
+            if time.monotonic() > give_up:
+                raise MandapaError(f"the uploader of {self._directory} does not end; its .run/uploader.log says why")
+            time.sleep(0.02)
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def _look(self) -> None:
         digits = self._repo.artifact(ARTIFACT)
-        mine = [version for version in digits.versions() if version.run == self._config.run]
+        mine = [version for version in digits.versions() if version.run == self._name]
+        epochs = [version for version in mine if "epoch" in version.metadata]
         self._title("The history")
         self._command("log", ARTIFACT, "-n", str(len(mine)))
         self._title("What training changed, and what it cost")
-        self._command("diff", mine[0].address, mine[-1].address)
+        self._command("diff", epochs[0].address, epochs[-1].address)
         everything = [*digits.versions(), *digits.deleted()]
         logical, added = sum(version.size for version in everything), sum(version.added for version in everything)
         stored = sum(info.size for info in self._repo.store.list(""))

@@ -1,6 +1,6 @@
-"""A plain PyTorch loop that makes one version of its artifact an epoch; run as a program by `mandapa demo`.
+"""A plain PyTorch loop with a `mandapa.Run` around it; run as a program by `mandapa demo`.
 
-This is what a training script looks like with mandapa: everything above the transaction is PyTorch as always.
+This is what a training script looks like with mandapa: `train` is all there is to it, the rest is PyTorch as always.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import dataclass
 from typing import Any
 
-import mandapa
+from mandapa import CheckpointSaver, Run
+from mandapa.loggers import FileLogger, ObjectStoreLogger, TensorboardLogger
 
-__all__ = ["ARTIFACT", "Config", "evaluate", "load_model", "main"]
+__all__ = ["ARTIFACT", "Config", "evaluate", "load_data", "load_model", "main"]
 
 ARTIFACT = "digits"
 TEST_IMAGES = 360
@@ -23,7 +25,6 @@ TEST_IMAGES = 360
 class Config:
     """The hyperparameters: ``hparams.yaml`` in every version."""
 
-    run: str
     epochs: int
     seed: int
     lr: float = 0.001
@@ -79,93 +80,84 @@ def load_model(folder: str) -> tuple[Any, Config]:
 
     with open(os.path.join(folder, "hparams.yaml"), encoding="utf-8") as file:
         config = Config(**yaml.safe_load(file))
+    state = torch.load(os.path.join(folder, "checkpoint", "state.pt"), weights_only=True)
     model = make_model(config)
-    model.load_state_dict(torch.load(os.path.join(folder, "checkpoint", "model.pt"), weights_only=True))
+    model.load_state_dict(state["model"])
     return model, config
 
 
-def train(url: str, out: str, config: Config) -> None:
-    """Train; when the newest version is of this run, go on from it."""
+def train(url: str, name: str, folder: str, config: Config) -> None:
+    """Train the run ``name``, from its newest checkpoint if it has one."""
     import torch
-    import yaml
-    from torch.utils.tensorboard import SummaryWriter
 
     torch.set_num_threads(1)
     torch.manual_seed(config.seed)
     images, labels, test_images, test_labels = load_data()
     model = make_model(config)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
-    checkpoint = os.path.join(out, "checkpoint")
     start = 1
 
-    # Resume: an epoch is in a version as a whole or not at all, so the newest version is always a good one.
-    repo = mandapa.open(url, codec="dense")  # smallest; the time that takes is nothing beside an epoch
-    digits = mandapa.Artifact(repo, ARTIFACT, run=config.run)
-    newest = digits.version("latest") if digits.exists() else None
-    if newest is not None and newest.run == config.run:
-        newest.download(out)
-        model.load_state_dict(torch.load(f"{checkpoint}/model.pt", weights_only=True))
-        state = torch.load(f"{checkpoint}/training.pt", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        start = state["epoch"] + 1
-        tell(resumed=newest.address, epoch=state["epoch"])
+    run = Run(
+        name,
+        hparams=config,
+        loggers=[
+            TensorboardLogger(),  # these write files,
+            FileLogger("train.log"),
+            CheckpointSaver(best=("accuracy", "max")),
+            ObjectStoreLogger(url, artifact=ARTIFACT),  # and this one makes versions of them
+        ],
+        resume="auto",
+        dir=folder,
+    )
+    with run:
+        if checkpoint := run.latest_checkpoint():
+            state = checkpoint.load()
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+            start = state["epoch"] + 1
+            what = f"model, optimizer and random state of epoch {state['epoch']}"
+            print(f"resumed from {checkpoint.version}: {what}", flush=True)
 
-    os.makedirs(checkpoint, exist_ok=True)
-    with open(os.path.join(out, "hparams.yaml"), "w", encoding="utf-8") as file:
-        yaml.safe_dump(asdict(config), file)
-    best = digits.version("best").metadata["accuracy"] if newest and "best" in digits.aliases() else 0.0
-    board = SummaryWriter(os.path.join(out, "tensorboard"), purge_step=start)
-    log = open(os.path.join(out, "train.log"), "a", encoding="utf-8")  # noqa: SIM115 - open as long as the program
+        for epoch in range(start, config.epochs + 1):
+            loss, step = train_epoch(model, optimizer, images, labels, epoch, config)
+            accuracy = evaluate(model, test_images, test_labels)
+            metrics = {"loss": loss, "accuracy": accuracy}
+            run.log_metrics(metrics, step=step)
 
-    for epoch in range(start, config.epochs + 1):
-        loss = train_epoch(model, optimizer, images, labels, config)
-        accuracy = evaluate(model, test_images, test_labels)
-
-        board.add_scalar("train/loss", loss, epoch)
-        board.add_scalar("test/accuracy", accuracy, epoch)
-        board.flush()
-        print(f"epoch {epoch}  loss {loss:.4f}  accuracy {accuracy:.4f}", file=log, flush=True)
-        torch.save(model.state_dict(), f"{checkpoint}/model.pt")
-        random = torch.get_rng_state()
-        torch.save({"optimizer": optimizer.state_dict(), "random": random, "epoch": epoch}, f"{checkpoint}/training.pt")
-
-        metadata = {"epoch": epoch, "loss": loss, "accuracy": accuracy}
-        with digits.transaction(message=f"epoch {epoch}", metadata=metadata) as txn:
-            tell(committing=epoch)
-            txn.add(out)
-            if accuracy > best:
-                best = accuracy
-                txn.alias("best")
-        assert txn.version is not None
-        tell(version=txn.version.address, **metadata)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "random": torch.get_rng_state(),
+                "epoch": epoch,
+            }
+            began = time.perf_counter()
+            run.save_checkpoint(state, step=step, epoch=epoch, metrics=metrics)
+            took = f"handed over in {1000 * (time.perf_counter() - began):.0f} ms"
+            print(f"epoch {epoch}  step {step}  loss {loss:.4f}  accuracy {accuracy:.4f}  {took}", flush=True)
 
 
-def train_epoch(model: Any, optimizer: Any, images: Any, labels: Any, config: Config) -> float:
-    """One pass over the images in random order; gives the mean loss."""
+def train_epoch(model: Any, optimizer: Any, images: Any, labels: Any, epoch: int, config: Config) -> tuple[float, int]:
+    """One pass over the images in random order; gives the mean loss, and the steps so far."""
     import torch
     from torch.nn.functional import cross_entropy
 
     model.train()
     total = 0.0
-    for batch in torch.randperm(len(labels)).split(config.batch_size):
+    batches = torch.randperm(len(labels)).split(config.batch_size)
+    for batch in batches:
         loss = cross_entropy(model(images[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total += loss.item() * len(batch)
-    return total / len(labels)
-
-
-def tell(**event: Any) -> None:
-    """Report to the demo, which reads this program's output."""
-    print(json.dumps(event), flush=True)
+    return total / len(labels), epoch * len(batches)
 
 
 def main() -> None:
-    """``python -m mandapa.cli.demo.training URL FOLDER CONFIG``."""
-    url, out, config = sys.argv[1:]
-    train(url, out, Config(**json.loads(config)))
+    """``python -m mandapa.cli.demo.training URL NAME FOLDER CONFIG``."""
+    url, name, folder, config = sys.argv[1:]
+    train(url, name, folder, Config(**json.loads(config)))
 
 
 if __name__ == "__main__":

@@ -660,7 +660,8 @@ def _number(name: Any, value: Any) -> float:
         raise InvalidInputError(f"metrics: the name {name!r} is not a string")
     try:
         if not isinstance(value, str | bytes):
-            return float(value)
+            # A tensor that requires a gradient warns when it is made a float, but not when it is asked for its item.
+            return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         pass
     raise InvalidInputError(f"metrics[{name!r}] is not a number but a {type(value).__name__}")

@@ -193,18 +193,18 @@ def _lacking(
 
 
 def _without_twins(handed: Sequence[Handed]) -> list[Handed]:
-    """As many of these, from the first on, as have no two for one path; of what only grows the last says it all."""
-    seen: dict[str, bool] = {}
+    """As many of these, from the first on, as have no two for one path; of a file that grows the last says it all."""
+    seen: dict[str, str] = {}  # path -> the file that grows there; empty: none does
     folders: set[str] = set()
     for at, (_, entry) in enumerate(handed):
         if isinstance(entry, AssetEntry):
-            path, grows = entry.file.path, entry.grows
+            path, grows = entry.file.path, entry.file.source if entry.grows else ""
         elif isinstance(entry, UrlEntry):
-            path, grows = entry.path, False
+            path, grows = entry.path, ""
         else:
             continue
         above = _above(path)
-        if (path in seen and not (grows and seen[path])) or path in folders or not above.isdisjoint(seen):
+        if (path in seen and not (grows and seen[path] == grows)) or path in folders or not above.isdisjoint(seen):
             return list(handed[:at])
         seen[path] = grows
         folders |= above

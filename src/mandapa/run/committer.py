@@ -67,6 +67,8 @@ class Hub:
     """(rank, number) -> when the entry was first seen, by the monotonic clock."""
     urgent: bool = False
     """Everything that waits is to be committed."""
+    asked: int = 0
+    """How often somebody outside asked for a commit; who pauses tries again at once then."""
     newest_first: bool = False
     """The machine is about to go."""
     stopping: bool = False
@@ -221,8 +223,8 @@ class Committer:
         pause = min(_PAUSE_MOST, _PAUSE_FIRST * 2 ** min(self._failures - 1, 10))
         with self._hub.changed:
             self._hub.changed.notify_all()
-            give_up = time.monotonic() + pause
-            while not self._hub.stopping and (left := give_up - time.monotonic()) > 0:
+            asked, give_up = self._hub.asked, time.monotonic() + pause
+            while not self._hub.stopping and self._hub.asked == asked and (left := give_up - time.monotonic()) > 0:
                 self._hub.changed.wait(left)
 
     # -- the repository -----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import subprocess
@@ -23,6 +24,14 @@ _RESTART = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # seconds between starts of one tha
 
 _children: list[subprocess.Popen[bytes]] = []
 """Uploaders outlive the run that started them; whoever drops the last reference would be warned of that."""
+
+
+@atexit.register
+def _let_go() -> None:
+    """Uploaders outlive the program, too: the interpreter drops the list at its end, and would warn."""
+    for child in _children:
+        if child.poll() is None:
+            child.returncode = 0
 
 
 class UploaderProcess:

@@ -112,6 +112,7 @@ class Uploader:
         self._ending = True
         with self._hub.changed:
             self._hub.urgent = self._hub.newest_first = True
+            self._hub.asked += 1
             self._hub.changed.notify_all()
 
     def run(self) -> bool:
@@ -139,6 +140,7 @@ class Uploader:
                     self._request = request
                     with self._hub.changed:
                         self._hub.urgent = True
+                        self._hub.asked += 1
                         changed = True
             if changed:
                 with self._hub.changed:

@@ -11,11 +11,11 @@ from contextlib import suppress
 from typing import Literal
 
 from mandapa.content.walk import walk
-from mandapa.errors import InvalidInputError, NotFoundError, StorageError
+from mandapa.errors import InvalidInputError, MandapaError, NotFoundError, StorageError
 from mandapa.run.directory import RunDirectory
 from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry
 
-__all__ = ["Staging", "drop_links", "release"]
+__all__ = ["Staging", "drop_links", "plain_view", "release"]
 
 _FICLONE = 0x40049409  # ioctl of Linux: share the blocks (btrfs, XFS)
 _PART = 64 << 20
@@ -64,7 +64,7 @@ class Staging:
         try:
             fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
-                view = memoryview(data).cast("B")
+                view = plain_view(data)
                 written = 0
                 while written < len(view):
                     written += os.write(fd, view[written : written + _PART])
@@ -76,33 +76,47 @@ class Staging:
         return target, written
 
     def take_folder(self, path: str, take: Literal["copy", "move", "link"]) -> tuple[str, int]:
-        """Own the files of a folder, symlinks read as what they lead to; raises as `take`, and what `walk` raises."""
+        """Own the files of a folder, symlinks read as what they lead to; raises as `take`, and what `walk` raises.
+
+        With ``move`` nothing is taken away before all is taken over. What a symlink leads to stays where it is.
+        """
         target = self._new()
         size = 0
+        moved = []
         try:
             os.mkdir(target, 0o700)
+            root = os.path.realpath(path)
             for found in walk(path):
                 inside = os.path.join(target, found.path)
                 os.makedirs(os.path.dirname(inside), mode=0o700, exist_ok=True)
-                size += _take_file(found.source, inside, take)
+                way = take
+                if take == "move":
+                    here = os.path.dirname(os.path.join(root, found.path))
+                    own = os.path.realpath(os.path.dirname(found.source)) == here
+                    way = "link" if own and not os.path.islink(found.source) else "copy"
+                    moved += [found.source] * own
+                size += _take_file(found.source, inside, way)
         except OSError as error:
             _remove(target)
             raise _explain(error, path) from error
         except InvalidInputError:
             _remove(target)
             raise
+        for source in moved:
+            with suppress(OSError):  # what may not be taken away stays, too
+                os.unlink(source)
         return target, size
 
     def grow(self, path: str) -> tuple[str, int]:
         """A file that only grows, as it is now; a link keeps it from being deleted. Raises as `take`."""
         try:
-            found = os.stat(path)
+            found = _regular(path)
             identity = (found.st_dev, found.st_ino)
             known = self._links.get(path)
             if known is None or known[0] != identity:
                 target = f"{self._new()}.grows"
                 try:
-                    os.link(path, target)
+                    os.link(os.path.realpath(path), target)
                 except OSError as error:
                     if isinstance(error, FileNotFoundError):
                         raise
@@ -117,6 +131,12 @@ class Staging:
         return os.path.join(self._directory.staged, f"{self._prefix}-{self._count}")
 
 
+def plain_view(data: bytes | bytearray | memoryview) -> memoryview:
+    """The same bytes, one after the other."""
+    view = memoryview(data)
+    return view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+
+
 def release(directory: RunDirectory, entry: Entry) -> None:
     """Give up the bytes of an entry that no backend needs any more; only what lies in the run's directory."""
     if isinstance(entry, AssetEntry):
@@ -128,10 +148,12 @@ def release(directory: RunDirectory, entry: Entry) -> None:
         for file in entry.files:
             path = directory.source(file.source)
             _remove_inside(directory.checkpoints, path)
-            with suppress(OSError):
-                folder = os.path.dirname(path)
-                if folder != directory.checkpoints and folder.startswith(directory.checkpoints):
+            top = os.path.realpath(directory.checkpoints)
+            folder = os.path.realpath(os.path.dirname(path))
+            with suppress(OSError):  # until there is one that another rank's file is in
+                while folder.startswith(top + os.sep):
                     os.rmdir(folder)
+                    folder = os.path.dirname(folder)
 
 
 def drop_links(directory: RunDirectory) -> None:
@@ -157,9 +179,8 @@ def _remove(path: str) -> None:
 
 def _take_file(path: str, target: str, take: Literal["copy", "move", "link"]) -> int:
     """Make ``target`` hold the bytes of the file at ``path``; gives how many."""
+    _regular(path)
     if take == "move" and not os.path.islink(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise InvalidInputError(f"{path} is not a file")
         try:
             os.rename(path, target)
             return os.stat(target).st_size
@@ -179,13 +200,19 @@ def _take_file(path: str, target: str, take: Literal["copy", "move", "link"]) ->
     return size
 
 
+def _regular(path: str) -> os.stat_result:
+    """Of the file at ``path``; a pipe would be waited for, and a device has no end."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidInputError(f"{path} is not a file")
+    return found
+
+
 def _copy(path: str, target: str) -> int:
     """Clone where the file system can, copy elsewhere; the executable bit goes along."""
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         found = os.fstat(source)
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidInputError(f"{path} is not a file")
         mode = 0o700 if found.st_mode & stat.S_IXUSR else 0o600
         fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
@@ -215,10 +242,8 @@ def _copy_bytes(source: int, fd: int) -> None:
 
 
 def _explain(error: OSError, path: str) -> Exception:
-    if isinstance(error, InvalidInputError | NotFoundError):
+    if isinstance(error, MandapaError):
         return error
     if isinstance(error, FileNotFoundError):
         return NotFoundError(f"there is no file or folder {path!r}")
-    if isinstance(error, IsADirectoryError):
-        return InvalidInputError(f"{path} is a folder: log its files, or make it an artifact with log_artifact")
     return StorageError(f"{path} cannot be taken over: {error.strerror}", retryable=error.errno == errno.ENOSPC)

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import pytest
 
+import mandapa
 from mandapa.content import upload
-from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError
+from mandapa.errors import ClosedError, ConflictError, InvalidInputError, NotFoundError, SecurityError
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository.best import Contest
 from mandapa.repository.fsck import fsck
@@ -554,3 +555,19 @@ def test_reserved_assets_are_put_and_dropped_in_order(repo, run, tmp_path):
     with repo.artifact("a").transaction(base=None) as txn:
         txn.add(tmp_path)
     assert read(txn.version) == {"y": b"3"}
+
+
+def test_reserved_assets_are_not_restored_into_a_repository(tmp_path):
+    """A version's ``.mandapa`` and a repository in the folder's would mix: nothing is written."""
+    repo = mandapa.open(tmp_path / ".mandapa", create=True)
+    with repo.artifact("net").transaction() as txn:
+        txn.add_bytes("-first", b"sorts before it")
+        txn.add_bytes(".mandapa/mandapa.json", b"hostile", reserved=True)
+    before = (tmp_path / ".mandapa/mandapa.json").read_bytes()
+    with pytest.raises(SecurityError, match="is a repository"):
+        repo["net"].download(tmp_path)
+    assert (tmp_path / ".mandapa/mandapa.json").read_bytes() == before
+    assert not (tmp_path / "-first").exists()
+    repo["net"].download(tmp_path, only="-first")
+    repo["net"].download(tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere/.mandapa/mandapa.json").read_bytes() == b"hostile"

@@ -15,10 +15,11 @@ import msgspec
 from mandapa.content.download import DownloadResult, download
 from mandapa.content.reader import AssetFile
 from mandapa.content.tree import Located, Tree
-from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
-from mandapa.format.keys import container_key
+from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError
+from mandapa.format.keys import MARKER, container_key
 from mandapa.format.manifest import NodeAddress, UrlRow
 from mandapa.format.records import Root
+from mandapa.format.strict import RESERVED
 from mandapa.repository.log import Log
 from mandapa.repository.state import ArtifactState, VersionState, parse_time
 
@@ -372,7 +373,8 @@ class Version:
 
         Raises:
             NotFoundError: The version was deleted.
-            SecurityError: A symlink below ``dest`` stands in the way of a folder.
+            SecurityError: A symlink below ``dest`` stands in the way of a folder; or ``dest`` has a repository where
+                the version has files of its own ``.mandapa``.
             InvalidInputError: Two paths are one on this file system; nothing was written.
             CorruptionError: Stored bytes are not what was written; the file they belong to was not touched.
             StorageError: The store failed, or the disk is full.
@@ -390,6 +392,7 @@ class Version:
         progress: Callable[[int], None] | None = None,
     ) -> DownloadResult:
         """`download` for callers that choose by function, and may put files elsewhere below ``dest``."""
+        self._spare_repository(os.path.join(dest, RESERVED), keep, rename)
         originals: dict[str, str] = {}
         roots: dict[str, Root] = {}
         first = self._state.root
@@ -423,6 +426,18 @@ class Version:
             threads=self._repo.threads,
             progress=progress,
         )
+
+    def _spare_repository(
+        self, place: str, keep: Callable[[str], bool] | None, rename: Callable[[str], str] | None
+    ) -> None:
+        """What a version has in ``.mandapa/`` must not end up between the objects of a repository that is there."""
+        if rename is None and os.path.exists(os.path.join(place, MARKER)):
+            for path in self.reading(lambda tree: [located.row.path for located in tree.under(RESERVED)]):
+                if keep is None or keep(path):
+                    raise SecurityError(
+                        f"{place} is a repository, and {self.address} has {path!r}: get it into another folder, or only "
+                        "what you need"
+                    )
 
     def diff(self, other: Version) -> Diff:
         """What turns this version into ``other``. Parts of the manifests that are equal are not read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -79,6 +80,16 @@ class Lock:
             os.close(fd)
         return False
 
+    def lost(self) -> bool:
+        """Whether this process has it, but its file is not at its place any more: its folder was removed."""
+        fd = _held.get((os.getpid(), self.path))
+        if fd is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except OSError:
+            return True
+
     def holder(self) -> str:
         """The process id and host of who had it last, as far as is known."""
         with suppress(OSError), open(self.path, encoding="utf-8", errors="replace") as file:
@@ -135,26 +146,27 @@ class RunDirectory:
         """
         if os.path.isfile(os.path.join(path, ".run", "format.json")):
             return [cls(path)]
+        names: list[str] = []
         with suppress(OSError):
             names = sorted(os.listdir(path))
-            found = [os.path.join(path, name) for name in names]
-            runs = [cls(folder) for folder in found if os.path.isfile(os.path.join(folder, ".run", "format.json"))]
-            if runs:
-                return runs
+        found = [os.path.join(path, name) for name in names]
+        runs = [cls(folder) for folder in found if os.path.isfile(os.path.join(folder, ".run", "format.json"))]
+        if runs:
+            return runs
         raise NotFoundError(f"{path} holds no run: name the folder of a run, or one with folders of runs in it")
 
     def _make(self, name: str) -> None:
+        marker = os.path.join(self.inner, "format.json")
         try:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
+            self._check_owner()  # before anything is made in it
             for folder in (self.inner, self.staged, self.commits, self.backends):
                 os.makedirs(folder, mode=0o700, exist_ok=True)
+            os.chmod(self.path, 0o700)
+            if not os.path.exists(marker):
+                write_json(marker, {"format": FORMAT, "run": name}, durable=True)
         except OSError as error:
             raise StorageError(f"the run's directory {self.path} cannot be made: {error.strerror}") from error
-        self._check_owner()
-        os.chmod(self.path, 0o700)
-        marker = os.path.join(self.inner, "format.json")
-        if not os.path.exists(marker):
-            write_json(marker, {"format": FORMAT, "run": name})
 
     def _check(self, name: str | None) -> str:
         self._check_owner()
@@ -248,14 +260,21 @@ class RunDirectory:
 def write_json(path: str, value: Any, *, durable: bool = False) -> None:
     """Replace a small file, whole or not at all."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    data = msgspec.json.encode(value) + b"\n"
     try:
-        os.write(fd, msgspec.json.encode(value) + b"\n")
-        if durable:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.replace(temporary, path)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if os.write(fd, data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+            if durable:
+                os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def read_json(path: str) -> dict[str, Any]:

@@ -435,8 +435,8 @@ class Version:
             for path in self.reading(lambda tree: [located.row.path for located in tree.under(RESERVED)]):
                 if keep is None or keep(path):
                     raise SecurityError(
-                        f"{place} is a repository, and {self.address} has {path!r}: get it into another folder, or only "
-                        "what you need"
+                        f"{place} is a repository, and {self.address} has {path!r}: get it into another folder, or "
+                        "only what you need"
                     )
 
     def diff(self, other: Version) -> Diff:

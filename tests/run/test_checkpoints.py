@@ -630,6 +630,16 @@ def test_no_file_of_that_name_is_told(tmp_path: Path) -> None:
             Checkpoint(step=1, file=file, fetch=lambda dest: str(tmp_path)).load()
 
 
+def test_one_file_is_for_every_rank(tmp_path: Path) -> None:
+    """Where one rank saved for all; of several files each rank needs its own."""
+    save_state({"step": 5}, str(tmp_path / "state-rank0.pt"), "torch")
+    checkpoint = Checkpoint(step=5, file="state-rank1.pt", fetch=lambda dest: str(tmp_path))
+    assert checkpoint.load() == {"step": 5}
+    save_state({"step": 6}, str(tmp_path / "state-rank2.pt"), "torch")
+    with pytest.raises(InvalidInputError, match="saved with other ranks"):
+        checkpoint.load()
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

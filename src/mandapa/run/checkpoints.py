@@ -172,14 +172,19 @@ class Checkpoint:
         return self.fetch(dest)
 
     def load(self) -> Any:
-        """This rank's state, on the CPU; nothing is unpickled.
+        """This rank's state, on the CPU; nothing is unpickled. Where one rank saved for all, that one's.
 
         Raises:
             CorruptionError: The file is not what `Run.save_checkpoint` wrote.
             InvalidInputError: It needs torch or safetensors, which are not installed; or it has no file of this rank.
             StorageError, NotFoundError: As `download`.
         """
-        return load_state(os.path.join(self.download(), self.file))
+        folder = self.download()
+        path = os.path.join(folder, self.file)
+        if not os.path.isfile(path):
+            files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+            path = files[0] if len(files) == 1 else path
+        return load_state(path)
 
 
 def save_state(state: Any, path: str, format_: str) -> int:

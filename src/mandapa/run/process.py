@@ -80,20 +80,24 @@ class UploaderProcess:
             child = self._child
             if child is not None and child.poll() in (1, 2):
                 raise StorageError(f"the uploader ended at once; {self._directory.log} says why")
-            if self._directory.uploader_lock().held():
-                if status.get("running") and ours:
+            lock = self._directory.uploader_lock()
+            pid = int(status.get("pid", 0))
+            # Until the one that is at work has told of itself, this is what one said that was killed.
+            current = status.get("running") and lock.holder().partition(" ")[0] == str(pid)
+            if lock.held():
+                if current and ours:
                     backends = status.get("backends", {})
                     if (
                         all(backends.get(key, {}).get("state", "opening") != "opening" for key in keys)
                         or time.monotonic() > give_up
                     ):
                         return status
-                elif status.get("running") and (child is None or status.get("pid") != child.pid):
-                    self._replace(int(status.get("pid", 0)))
+                elif current and (child is None or pid != child.pid):
+                    self._replace(pid)
             elif child is None or child.poll() is not None:
                 self._start()
             if time.monotonic() > give_up:
-                return self.status()
+                return status if current else {}
             time.sleep(_TICK)
 
     def status(self) -> dict[str, Any]:

@@ -92,21 +92,27 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
             left = now
             return found.safe
 
+        def in_time() -> bool:
+            return give_up is None or time.monotonic() < give_up
+
         lock = run.uploader_lock()
-        if lock.take():
-            specs = {key: spec_from(value) for key, value in saved_backends(run).items()}
-            uploader = Uploader(run, specs, once=True)
-            work = threading.Thread(target=uploader.run, daemon=True)
-            work.start()
-            while work.is_alive() and (give_up is None or time.monotonic() < give_up):
-                work.join(_TICK)
-                watch()
-            if not work.is_alive():
-                lock.release()
-        else:
+        while in_time():
+            if lock.take():
+                specs = {key: spec_from(value) for key, value in saved_backends(run).items()}
+                uploader = Uploader(run, specs, once=True)
+                work = threading.Thread(target=uploader.run, daemon=True)
+                work.start()
+                while work.is_alive() and in_time():
+                    work.join(_TICK)
+                    watch()
+                if not work.is_alive():
+                    lock.release()
+                return
             with open(run.request, "a", encoding="utf-8"):
                 os.utime(run.request)
-            while not watch() and lock.held() and (give_up is None or time.monotonic() < give_up):
+            while lock.held() and in_time():  # one that dies at its work leaves the rest to us
+                if watch():
+                    return
                 time.sleep(_TICK)
 
 

@@ -112,6 +112,7 @@ class Committer:
         self._repo: Repository | None = None
         self._failures = 0
         self._started: Started | None = None
+        self._ahead: list[tuple[int, int]] = []  # the parts of the checkpoint that was last committed out of turn
         self.done = Intervals()
         """What is committed; replaced, never changed."""
         self.report: dict[str, Any] = {"state": "opening", "store": spec.store, "artifact": spec.artifact}
@@ -324,7 +325,6 @@ class Committer:
     def _early(self) -> bool:
         """On a machine that goes away: the newest checkpoint, before what waits in front of it."""
         with self._hub.changed:
-            self._hub.newest_first = False
             feed, done = self._hub.feed, Intervals()
             done.add(self.done.stretches())
             batches: list[Batch] = []
@@ -332,8 +332,10 @@ class Committer:
                 batches.append(batch)
                 done.add(batch.numbers.stretches())
         newest = max((at for at, batch in enumerate(batches) if batch.checkpoint and not batch.incomplete), default=0)
-        if newest == 0:
+        ahead = [(rank, entry.n) for rank, entry in batches[newest].checkpoint] if newest else []
+        if not ahead or ahead == self._ahead:
             return False
+        self._ahead = ahead
         attempt = batches[newest].attempt
         merged: list[Handed] = []
         for batch in batches[:newest]:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Literal
 
@@ -156,12 +157,10 @@ def release(directory: RunDirectory, entry: Entry) -> None:
                     folder = os.path.dirname(folder)
 
 
-def drop_links(directory: RunDirectory) -> None:
-    """Give up the links to files that grew; nobody writes them any more, and every backend has them."""
-    with suppress(OSError):
-        for name in os.listdir(directory.staged):
-            if name.endswith(".grows"):
-                _remove(os.path.join(directory.staged, name))
+def drop_links(directory: RunDirectory, sources: Iterable[str]) -> None:
+    """Give up the links to these files that grew: nobody writes them any more, and every backend has them."""
+    for source in sources:
+        _remove_inside(directory.staged, directory.source(source))
 
 
 def _remove_inside(folder: str, path: str) -> None:

@@ -32,6 +32,7 @@ from mandapa.run.journal import (
     AssetEntry,
     CheckpointEntry,
     Entry,
+    Intervals,
     JournalReader,
     UseEntry,
 )
@@ -82,8 +83,10 @@ class Uploader:
         self._unsynced: list[tuple[int, Entry]] = []
         self._retired: dict[int, list[CheckpointEntry]] = {}
         self._counts: dict[str, tuple[int, int]] = {}
-        self._seen_done: list[int] = []
-        self._ending = False
+        self._seen_done: list[Intervals] = []
+        self._idle: dict[str, Intervals] = {}
+        self._grown: set[str] = set()
+        self._ending = self._hurrying = False
         self._request = self._requested()
         self._status: dict[str, Any] = {}
         self._status_at = 0.0
@@ -108,12 +111,8 @@ class Uploader:
                 os.close(fd)
 
     def end_soon(self) -> None:
-        """The machine is about to go: the newest checkpoint first, then the rest, then the end."""
+        """The machine is about to go: the newest checkpoint first, then the rest, then the end. For signal handlers."""
         self._ending = True
-        with self._hub.changed:
-            self._hub.urgent = self._hub.newest_first = True
-            self._hub.asked += 1
-            self._hub.changed.notify_all()
 
     def run(self) -> bool:
         """Work until there is nothing left to do; whether everything is committed then."""
@@ -122,7 +121,8 @@ class Uploader:
         self._release()
         idle = [key for key, (count, _) in self._counts.items() if not count and key not in self._current]
         for key in idle:
-            del self.committers[key], self._counts[key]
+            self._idle[key] = self.committers.pop(key).done
+            del self._counts[key]
         for committer in self.committers.values():
             committer.start()
         syncer = threading.Thread(target=self._sync, name="mandapa-sync", daemon=True)
@@ -131,6 +131,7 @@ class Uploader:
         drained = False
         while True:
             time.sleep(_TICK)
+            ending = self._ending
             changed = self._poll()
             now = time.monotonic()
             if now - looked >= _LIVENESS:
@@ -142,10 +143,15 @@ class Uploader:
                         self._hub.urgent = True
                         self._hub.asked += 1
                         changed = True
+            if ending and not self._hurrying:  # only now: the newest checkpoint is among those that have been read
+                self._hurrying = changed = True
+                with self._hub.changed:
+                    self._hub.urgent = self._hub.newest_first = True
+                    self._hub.asked += 1
             if changed:
                 with self._hub.changed:
                     self._hub.changed.notify_all()
-            if changed or [id(c.done) for c in self.committers.values()] != self._seen_done:
+            if changed or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True)):
                 self._release()
             drained = not any(count for count, _ in self._counts.values())
             if drained and not self._once and not self._ending and self._hub.urgent:
@@ -164,14 +170,14 @@ class Uploader:
         self._release()
         self._write_status(last=True)
         if drained and not any(self._hub.feed.live.values()):
-            drop_links(self._directory)
+            drop_links(self._directory, self._grown)
         return drained
 
     def _is_over(self, drained: bool, alone: float) -> bool:
         if self._once:
             failed = all(c.report["state"] not in ("opening", "ok") for c in self._waiting())
             return drained or failed
-        if self._ending and drained:
+        if self._hurrying and drained:
             return True
         return not any(self._hub.feed.live.values()) and (drained or alone >= self._linger)
 
@@ -248,15 +254,17 @@ class Uploader:
 
     def _release(self) -> None:
         """Drop what every backend has; its bytes go, but for the newest checkpoints. Then count what waits."""
-        done = {key: committer.done for key, committer in self.committers.items()}
-        self._seen_done = [id(intervals) for intervals in done.values()]
+        done = self._done()
+        self._seen_done = list(done.values())
         gone: list[tuple[int, Entry]] = []
         with self._hub.changed:
             feed = self._hub.feed
             for rank, entries in feed.entries.items():
                 keep = []
                 for entry in entries:
-                    if all((rank, entry.n) in done[key] for key in done if feed.wanted(key, rank, entry)):
+                    began = feed.begun.get(entry.attempt)
+                    keys = done if began is None else began.backends  # also those that this uploader does not know
+                    if all(key in done and (rank, entry.n) in done[key] for key in keys):
                         gone.append((rank, entry))
                     else:
                         keep.append(entry)
@@ -271,8 +279,14 @@ class Uploader:
                 retired.append(entry)
                 while len(retired) > entry.keep_local:
                     release(self._directory, retired.pop(0))
+            elif isinstance(entry, AssetEntry) and entry.grows:
+                self._grown.add(entry.file.source)
             else:
                 release(self._directory, entry)
+
+    def _done(self) -> dict[str, Intervals]:
+        """What each backend has."""
+        return self._idle | {key: committer.done for key, committer in self.committers.items()}
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -364,7 +378,7 @@ def main(arguments: list[str]) -> int:
     except (MandapaError, InvalidInputError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=uploader.end_soon, daemon=True).start())
+    signal.signal(signal.SIGTERM, lambda *_: uploader.end_soon())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     drained = uploader.run()
     # Threads may hang in a store that never answers.

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from mandapa.loggers.file import FileLogger
     from mandapa.loggers.object_store import ObjectStoreLogger
     from mandapa.loggers.tensorboard import TensorboardLogger
-    from mandapa.run.logger import BackendLogger, Logger
+    from mandapa.run.logger import BackendLogger, BackendSpec, Logger
 
-__all__ = ["BackendLogger", "FileLogger", "Logger", "ObjectStoreLogger", "TensorboardLogger"]
+__all__ = ["BackendLogger", "BackendSpec", "FileLogger", "Logger", "ObjectStoreLogger", "TensorboardLogger"]
 
 _LAZY = {
     "BackendLogger": "mandapa.run.logger",
+    "BackendSpec": "mandapa.run.logger",
     "FileLogger": "mandapa.loggers.file",
     "Logger": "mandapa.run.logger",
     "ObjectStoreLogger": "mandapa.loggers.object_store",

@@ -234,7 +234,7 @@ class Version:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files together; no request."""
+        """Bytes of all its assets together, URLs of known size included; no request."""
         return self._state.op.bytes
 
     @property

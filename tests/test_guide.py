@@ -1,0 +1,95 @@
+"""The guide is a program: what its pages show runs as it stands, against a server that speaks S3, and prints that."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mandapa.testing.server import serve
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = ["artifact-logging", "checkpointing", "logging"]
+
+
+def blocks(page):
+    """Line, language and text of each block of a page."""
+    text = (DOCS / f"{page}.md").read_text()
+    found = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, block.start(2)), block[1], block[2]) for block in found]
+
+
+def commands(page):
+    """Name, command and shown output of each command in the consoles of a page."""
+    for line, language, text in blocks(page):
+        if language == "console":
+            for n, part in enumerate(re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]):
+                command, *shown = part.rstrip("\n").split("\n")
+                yield line, f"line-{line}-{n}", command, shown
+
+
+def program(page):
+    """A page as one program, each line where the page has it, so that a traceback names the page's line.
+
+    Where a console stands, its commands are called; their output and exit code go to files.
+    """
+    lines = []
+    for line, language, text in blocks(page):
+        code = text.splitlines() if language == "python" else []
+        if language == "console":
+            calls = []
+            for at, name, command, _ in commands(page):
+                if at == line:
+                    assert command.startswith("mandapa "), command
+                    shell = f"{shlex.quote(sys.executable)} -m mandapa.cli{command.removeprefix('mandapa')}"
+                    shell = f"({shell}) > {name}.out 2>&1; echo $? > {name}.code"
+                    calls.append(f"__import__('subprocess').run({shell!r}, shell=True)")
+            code = ["; ".join(calls)]
+        lines += [""] * (line - len(lines)) + code
+    return "\n".join(lines)
+
+
+def shape(line):
+    """A line without what differs from run to run: numbers, names of files that hold some, space between columns."""
+    line = re.sub(r"tfevents\.\S+", "tfevents", re.sub(r"\b[0-9a-f]{64}\b", "#", line))
+    line = re.sub(r"[0-9]+(\.[0-9]+)*(e-[0-9]+)?", "#", line).replace("# kB", "# B")
+    # An uploader ends a moment after its run.
+    return re.sub(r"\s+", " ", line).strip().replace("uploader at work", "no uploader")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_the_guide_runs(page, tmp_path):
+    """From top to bottom as one program, without a warning; its commands print lines like those that it shows."""
+    pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    with serve() as server:
+        environment = {
+            **os.environ,
+            "AWS_ENDPOINT_URL": server.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": "us-east-1",
+        }
+        call = [sys.executable, "-W", "error", "-c", program(page)]
+        found = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+    assert found.returncode == 0, found.stderr
+    for _, name, command, shown in commands(page):
+        out = (tmp_path / f"{name}.out").read_text()
+        code = int((tmp_path / f"{name}.code").read_text())
+        printed = {shape(line) for line in out.splitlines()}
+        strange = [line for line in shown if line.strip() != "..." and shape(line) not in printed]
+        assert not strange, f"{page}.md, {name}: {command} printed\n{out}"
+        assert code == 0 or (code == 1 and "mandapa status" in command), (
+            f"{page}.md, {name}: {command} ended with {code}"
+        )
+
+
+def test_every_page_is_in_the_guide():
+    """Each is reachable from README."""
+    readme = (DOCS.parent / "README.md").read_text()
+    assert not [page for page in PAGES if f"(docs/{page}.md)" not in readme]

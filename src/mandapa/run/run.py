@@ -23,10 +23,10 @@ from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.strict import INT_MAX, check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.repository.urls import check_url
-from mandapa.run.backend import key_of, value_of
+from mandapa.run.backend import key_of, public, value_of
 from mandapa.run.checkpoints import Checkpoint, CheckpointSaver, save_state
 from mandapa.run.committer import CHECKPOINT
-from mandapa.run.directory import RunDirectory
+from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
 from mandapa.run.handle import Handle
 from mandapa.run.hparams import diff, from_yaml, plain, to_yaml
@@ -160,6 +160,8 @@ class Run:
             config = {"backends": [value for _, value in self._backends.values()], "limits": limits}
             uploader = UploaderProcess(directory, msgspec.json.encode(config))
             known = uploader.begin(ACCESS_PATIENCE, self._backends.keys()).get("backends", {})
+            for key in self._backends.keys() - known.keys():  # which an uploader that is not there yet has not noted
+                write_json(directory.backend(key), public(self._backends[key][1]), durable=True)
             self._check_access(known)
         opened = {key: known.get(key, {}).get("opened") or {} for key in self._backends}
         former = self._former_hparams(opened)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -13,13 +15,14 @@ import click
 import pytest
 
 import mandapa
-from mandapa import errors, object_store
+from mandapa import errors, loggers, object_store
 from mandapa.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CLI = (ROOT / "docs/cli.md").read_text()
 PYTHON = (ROOT / "docs/python.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -53,9 +56,37 @@ def test_every_command_and_option_is_documented(path, command):
 def test_no_command_is_made_up():
     """Each heading and each example names a command that there is."""
     known = {path for path, _ in commands()}
-    for text in (CLI, README, PYTHON):
-        for line in re.findall(r"`(mandapa [a-z]+(?: (?:rename|remove)\b)?)", text):
-            assert line in known, line
+    for page in PAGES:
+        for line in re.findall(r"`(mandapa [a-z]+(?: (?:rename|remove)\b)?)", page.read_text()):
+            assert line in known, f"{page.name}: {line}"
+
+
+def shown():
+    """Calls that a page shows as they are typed: in a console, or in README's table."""
+    for page in PAGES:
+        text = page.read_text()
+        for block in re.findall(r"^```console\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            yield from re.findall(r"^\$ (mandapa .*)", block, re.MULTILINE)
+    for row in re.findall(r"^\| [^|]*\| (`mandapa .*)\|$", README, re.MULTILINE):
+        yield from re.findall(r"`(mandapa [^`]*)`", row)
+
+
+@pytest.mark.parametrize("call", sorted(set(shown())))
+def test_commands_that_are_shown_can_be_typed(call):
+    """Each argument and option is one that its command takes; nothing is done."""
+    _, *words = shlex.split(call)
+    group, context = main, main.make_context("mandapa", words)
+    while True:
+        name, command, words = group.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, words, parent=context)
+        if not isinstance(command, click.Group):
+            return
+        group = command
+
+
+def test_commands_are_shown():
+    """The test above has something to look at."""
+    assert len(set(shown())) > 30
 
 
 def test_keys_of_json_are_documented(tmp_path, monkeypatch):
@@ -72,22 +103,47 @@ def test_keys_of_json_are_documented(tmp_path, monkeypatch):
     assert not [key for key in keys if f"`{key}`" not in CLI]
 
 
-@pytest.mark.parametrize("name", [*mandapa.__all__, *object_store.__all__, *errors.__all__])
+@pytest.mark.parametrize("name", [*mandapa.__all__, *object_store.__all__, *errors.__all__, *loggers.__all__])
 def test_every_public_name_is_documented(name):
     """In docs/python.md, and it is there."""
     assert re.search(rf"`(mandapa\.)?{name}[(`]", PYTHON)
-    assert any(hasattr(module, name) for module in (mandapa, object_store, errors))
+    assert any(hasattr(module, name) for module in (mandapa, object_store, errors, loggers))
 
 
-@pytest.mark.parametrize("name", ["Repository", "Artifact", "Transaction", "Version", "Asset", "Diff"])
-def test_members_that_are_named_exist(name):
-    """What docs/python.md lists for a class is not made up."""
-    row = re.search(rf"^\| `{name}` \|(.*)\|$", PYTHON, re.MULTILINE)
-    if row is None:
-        return
-    members = {*dir(getattr(mandapa, name)), *getattr(getattr(mandapa, name), "__annotations__", {})}
-    for word in re.findall(r"`([a-z_]+)(?:\([a-z]*\))?`", row[1]):
-        assert word in members, f"{name}.{word}"
+def rows():
+    """Classes and what a table of docs/python.md says of them."""
+    for name, text in re.findall(r"^\| `([A-Z]\w+)` \|(.*)\|$", PYTHON, re.MULTILINE):
+        for module in (mandapa, loggers):
+            if name in module.__all__:
+                yield getattr(module, name), text
+
+
+@pytest.mark.parametrize(("cls", "text"), list(rows()), ids=lambda value: getattr(value, "__name__", ""))
+def test_members_that_are_named_exist(cls, text):
+    """What docs/python.md lists for a class, members or arguments, is not made up."""
+    members = {*dir(cls), *getattr(cls, "__annotations__", {}), *inspect.signature(cls).parameters}
+    if cls is mandapa.Run:
+        members |= {"name", "dir", "rank", "world_size", "attempt"}
+    for word in re.findall(r"`([a-z_]+)(?:\([a-z]*\))?`", text):
+        assert word in members, f"{cls.__name__}.{word}"
+
+
+def test_public_members_are_named():
+    """Of what a training program uses, every method, and every argument of the loggers."""
+    for cls, text in rows():
+        if cls in (mandapa.Run, mandapa.Handle, loggers.Logger, loggers.BackendLogger):
+            inherited = dir(loggers.Logger) if cls is loggers.BackendLogger else []
+            for word in {word for word in dir(cls) if not word.startswith("_")} - {*inherited}:
+                assert f"`{word}`" in text, f"{cls.__name__}.{word}"
+        elif cls in (mandapa.CheckpointSaver, mandapa.Limits, mandapa.Every):
+            for word in inspect.signature(cls).parameters:
+                assert f"`{word}`" in text, f"{cls.__name__}({word}=)"
+    for cls in (mandapa.Run, loggers.FileLogger, loggers.TensorboardLogger, loggers.ObjectStoreLogger):
+        row = re.search(rf"^\| `{cls.__name__}\(([^`]*)\)`", PYTHON, re.MULTILINE)
+        assert row is not None
+        parameters = inspect.signature(cls).parameters.values()
+        written = [p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace("'", '"') for p in parameters]
+        assert row[1] == ", ".join(written)
 
 
 def test_extras_variables_and_codes_are_documented():

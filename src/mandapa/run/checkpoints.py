@@ -91,6 +91,9 @@ class CheckpointSaver(Logger):
             lists, tuples, dicts) as JSON in its header.
         keep_local: Checkpoints that stay in the run's directory after every backend has them.
         best: A metric and which way is better, ``("val/loss", "min")``: the alias ``best`` follows it.
+
+    Example:
+        >>> saver = CheckpointSaver(every=Every(steps=500), best=("val/loss", "min"))
     """
 
     def __init__(

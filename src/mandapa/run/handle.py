@@ -30,6 +30,14 @@ class Handle:
     *held*: the call has returned; it survives the death of trainer and uploader. *durable*: about a second later; it
     survives the machine's restart. *committed*: it is in a version, and survives the machine. *skipped*: there was no
     room, and nothing was taken. *local*: the run has no backend logger that wants it.
+
+    Example:
+        >>> import tempfile
+        >>> from mandapa import Run
+        >>> with Run("resnet-7", dir=tempfile.mkdtemp()) as run:
+        ...     handle = run.log_bytes("notes.txt", b"Dropout helps.")
+        >>> handle.state
+        'local'
     """
 
     def __init__(self, run: Waiter, n: int, keys: Sequence[str], *, taken: bool = True) -> None:

@@ -44,6 +44,16 @@ class Logger:
 
     The order is `open`, then any of the others, then `close`. A hook that raises an `Exception` is told of once, as a
     warning, and not called again; training goes on (with ``strict=True`` it raises).
+
+    Example:
+        >>> import tempfile
+        >>> from mandapa import Run
+        >>> class Printer(Logger):
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, dict(metrics))
+        >>> with Run("resnet-7", loggers=[Printer()], dir=tempfile.mkdtemp()) as run:
+        ...     run.log_metrics({"loss": 0.5}, step=1)
+        1 {'loss': 0.5}
     """
 
     def open(self, run: RunContext) -> None:
@@ -67,7 +77,12 @@ class Logger:
 
 @dataclass(frozen=True, slots=True)
 class BackendSpec:
-    """Where a backend logger makes versions, as plain values: the uploader process builds the store from it."""
+    """Where a backend logger makes versions, as plain values: the uploader process builds the store from it.
+
+    Example:
+        >>> BackendSpec("s3://team-bucket/runs", artifact="resnet-7").options
+        {}
+    """
 
     store: str
     """A URL, or ``module:class`` of an object store."""
@@ -78,7 +93,15 @@ class BackendSpec:
 
 
 class BackendLogger(Logger):
-    """Takes assets and makes versions of them elsewhere; the work is done by the uploader process."""
+    """Takes assets and makes versions of them elsewhere; the work is done by the uploader process.
+
+    Example:
+        >>> class TeamStore(BackendLogger):
+        ...     def spec(self, run_name):
+        ...         return BackendSpec("s3://team-bucket/runs", artifact=run_name)
+        >>> TeamStore().spec("resnet-7").artifact
+        'resnet-7'
+    """
 
     def spec(self, run_name: str) -> BackendSpec:
         """Where versions of that run go.

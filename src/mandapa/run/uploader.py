@@ -129,8 +129,12 @@ class Uploader:
         syncer.start()
         looked = last_alive = time.monotonic()
         drained = False
+        lock = self._directory.uploader_lock()
         while True:
             time.sleep(_TICK)
+            if lock.lost():  # the run was removed; what may be at its place now has an uploader of its own
+                self._stop()
+                return False
             ending = self._ending
             changed = self._poll()
             now = time.monotonic()
@@ -162,16 +166,19 @@ class Uploader:
                 last_alive = now
             if self._is_over(drained, now - last_alive):
                 break
-        with self._hub.changed:
-            self._hub.stopping = True
-            self._hub.changed.notify_all()
-        for committer in self.committers.values():
-            committer.stop(0.2)
+        self._stop()
         self._release()
         self._write_status(last=True)
         if drained and not any(self._hub.feed.live.values()):
             drop_links(self._directory, self._grown)
         return drained
+
+    def _stop(self) -> None:
+        with self._hub.changed:
+            self._hub.stopping = True
+            self._hub.changed.notify_all()
+        for committer in self.committers.values():
+            committer.stop(0.2)
 
     def _is_over(self, drained: bool, alone: float) -> bool:
         if self._once:

@@ -60,6 +60,8 @@ def look(directory: RunDirectory) -> RunStatus:
         StorageError: They cannot be read.
         FormatVersionError: A newer mandapa wrote them.
     """
+    # Before the journals: who is not alive then has written nothing that is not read now.
+    live = tuple(rank for rank in directory.ranks() if directory.rank_lock(rank).held())
     feed = Feed()
     for rank in directory.ranks():
         for entry in JournalReader(directory.journal(rank), ENTRIES).new():
@@ -92,7 +94,7 @@ def look(directory: RunDirectory) -> RunStatus:
         run=directory.name,
         path=directory.path,
         attempt=max(feed.begun, default=0),
-        live=tuple(rank for rank in directory.ranks() if directory.rank_lock(rank).held()),
+        live=live,
         uploading=uploading,
         backends=tuple(backends),
     )

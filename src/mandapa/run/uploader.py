@@ -31,6 +31,7 @@ from mandapa.run.journal import (
     ArtifactEntry,
     AssetEntry,
     CheckpointEntry,
+    CommitEntry,
     Entry,
     Intervals,
     JournalReader,
@@ -116,8 +117,9 @@ class Uploader:
 
     def run(self) -> bool:
         """Work until there is nothing left to do; whether everything is committed then."""
+        live = self._living()
         self._poll()
-        self._look_for_life()
+        self._set_living(live)
         self._release()
         idle = [key for key, (count, _) in self._counts.items() if not count and key not in self._current]
         for key in idle:
@@ -132,15 +134,18 @@ class Uploader:
         lock = self._directory.uploader_lock()
         while True:
             time.sleep(_TICK)
+            ending = self._ending
             if lock.lost():  # the run was removed; what may be at its place now has an uploader of its own
                 self._stop()
                 return False
-            ending = self._ending
-            changed = self._poll()
             now = time.monotonic()
-            if now - looked >= _LIVENESS:
+            look = now - looked >= _LIVENESS
+            # Before the journals: who is not alive then has written nothing that is not read now.
+            live = self._living() if look else live
+            changed = self._poll()
+            if look:
                 looked = now
-                changed |= self._look_for_life()
+                changed |= self._set_living(live)
                 if (request := self._requested()) != self._request:
                     self._request = request
                     with self._hub.changed:
@@ -214,13 +219,18 @@ class Uploader:
         feed = self._hub.feed
         if isinstance(entry, UseEntry) and entry.address not in feed.used:
             feed.used.append(entry.address)
+        if isinstance(entry, CommitEntry):
+            self._hub.asked += 1
         feed.take(rank, entry)
         self._hub.seen[rank, entry.n] = now
         self._unsynced.append((rank, entry))
 
-    def _look_for_life(self) -> bool:
-        """Ask which ranks have a live trainer; whether that changed."""
-        live = {rank: self._directory.rank_lock(rank).held() for rank in self._directory.ranks()}
+    def _living(self) -> dict[int, bool]:
+        """Which ranks have a live trainer."""
+        return {rank: self._directory.rank_lock(rank).held() for rank in self._directory.ranks()}
+
+    def _set_living(self, live: dict[int, bool]) -> bool:
+        """Take that in; whether it changed."""
         with self._hub.changed:
             if live == self._hub.feed.live:
                 return False

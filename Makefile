@@ -7,16 +7,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 # Pinned wherever it is installed: the tests are written against it.
 TORCH  := torch==2.13.0
 
-.PHONY: help demo test lint soak bench clean
+.PHONY: help demo test lint soak bench bench-training clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo    train, kill, resume, check and restore a small model (half a minute)'
-	@echo 'make test    lint, then all tests but the slow ones'
-	@echo 'make lint    ruff, mypy, import-linter'
-	@echo 'make soak    the slow tests, and the proof with larger counts (hours)'
-	@echo 'make bench   the benchmarks'
-	@echo 'make clean   remove what make made, but no repository'
+	@echo 'make demo           train, kill, resume, check and restore a small model (half a minute)'
+	@echo 'make test           lint, then all tests but the slow ones'
+	@echo 'make lint           ruff, mypy, import-linter'
+	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
+	@echo 'make bench          the benchmarks of commits and restores'
+	@echo 'make bench-training what a run costs a training (5 minutes)'
+	@echo 'make clean          remove what make made, but no repository'
 
 demo: $(VENV)/.demo
 	@$(BIN)/mandapa demo
@@ -36,6 +37,9 @@ soak: $(VENV)/.test $(VENV)/.azurite
 
 bench: $(VENV)/.test
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done
+
+bench-training: $(VENV)/.test
+	@$(BIN)/python benchmarks/training
 
 clean:
 	rm -rf $(VENV) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

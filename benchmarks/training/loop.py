@@ -1,0 +1,166 @@
+"""How much a training is slowed down while its checkpoints drain."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from common import CORES, Place, Sizes, end_uploader, folder, ms, now, s3, table, target
+from work import Training
+
+
+@dataclass
+class Block:
+    """A stretch of training with checkpoints."""
+
+    steps: list[float] = field(default_factory=list)
+    draining: list[float] = field(default_factory=list)
+    """Those of the steps after which something still waited to be committed."""
+    saving: float = 0.0
+    total: float = 0.0
+    after: float = 0.0
+    """Seconds after the last step until all was committed."""
+
+
+@dataclass
+class Hooks:
+    """What the loop calls."""
+
+    save: Callable[[int], None] = lambda step: None
+    log: Callable[[float, int], None] = lambda loss, step: None
+    waits: Callable[[], bool] = lambda: False
+    finish: Callable[[], None] = lambda: None
+
+
+@contextmanager
+def nothing(training: Training, home: Path) -> Iterator[Hooks]:
+    """Nothing is saved or logged."""
+    yield Hooks()
+
+
+@contextmanager
+def torch_save(training: Training, home: Path) -> Iterator[Hooks]:
+    """Checkpoints to a file, the one before is deleted: as a run does with what is committed."""
+    path = home / "plain.pt"
+
+    def save(step: int) -> None:
+        path.unlink(missing_ok=True)
+        torch.save(training.state(), path)
+
+    yield Hooks(save=save)
+    path.unlink(missing_ok=True)
+
+
+@contextmanager
+def to_place(training: Training, home: Path, place: Place) -> Iterator[Hooks]:
+    """A run with all loggers."""
+    run = place.run("loop", home)
+    handles = []
+
+    def save(step: int) -> None:
+        handles.append(run.save_checkpoint(training.state(), step=step))
+
+    yield Hooks(
+        save=save,
+        log=lambda loss, step: run.log_metrics({"train/loss": loss}, step=step),
+        waits=lambda: bool(handles) and not handles[-1].done(),
+        finish=lambda: None if run.close() else print("not everything was committed"),
+    )
+    end_uploader(run)
+    shutil.rmtree(run.dir, ignore_errors=True)
+
+
+@contextmanager
+def to_folder(training: Training, home: Path) -> Iterator[Hooks]:
+    """A run whose versions go to a folder."""
+    with folder(home / "store") as place, to_place(training, home, place) as hooks:
+        yield hooks
+    shutil.rmtree(home / "store")
+
+
+@contextmanager
+def to_s3(training: Training, home: Path) -> Iterator[Hooks]:
+    """A run whose versions go to the S3 server."""
+    with s3() as place, to_place(training, home, place) as hooks:
+        yield hooks
+
+
+PATIENCE = 60.0
+"""Seconds after which no round is begun."""
+VARIANTS = {
+    "no checkpoints, no logging": nothing,
+    "torch.save only": torch_save,
+    "mandapa, a local folder": to_folder,
+    "mandapa, S3 on loopback": to_s3,
+}
+
+
+def block(training: Training, hooks: Hooks, saves: int, gap: int) -> Block:
+    """Train, with a checkpoint after each ``gap`` steps."""
+    found = Block()
+    begin = now()
+    for number in range(1, saves * gap + 1):
+        at = now()
+        hooks.log(training.step(), number)
+        took = now() - at
+        found.steps.append(took)
+        if hooks.waits():
+            found.draining.append(took)
+        if number % gap == 0:
+            at = now()
+            hooks.save(number)
+            found.saving += now() - at
+    found.total = now() - begin
+    at = now()
+    hooks.finish()
+    found.after = now() - at
+    return found
+
+
+def measure(home: Path, sizes: Sizes, threads: int) -> None:
+    """Alternate between all of them, and print the table."""
+    training = Training(sizes.mb, threads)
+    gap = max(2, round(sizes.seconds / training.seconds()))
+    blocks: dict[str, list[Block]] = {name: [] for name in VARIANTS}
+    names = list(VARIANTS)
+    begin = now()
+    for number in range(sizes.rounds):
+        if number and now() - begin > PATIENCE:
+            break  # a machine that others keep busy
+        for name in names[number % 2 :] + names[: number % 2]:
+            with VARIANTS[name](training, home) as hooks:
+                blocks[name].append(block(training, hooks, sizes.saves, gap))
+    plain = [block.steps for block in blocks["no checkpoints, no logging"]]
+    most = 1.03 if CORES > 2 else 1.10
+    rows = []
+    for name, found in blocks.items():
+        slowed = median(mean(b.steps) / mean(p) for b, p in zip(found, plain, strict=True))
+        pairs = [(b.draining, p) for b, p in zip(found, plain, strict=True) if b.draining]
+        drained = median([median(steps) / median(p) for steps, p in pairs]) if pairs else float("nan")
+        share = mean([len(b.draining) / len(b.steps) for b in found])
+        logged = name.startswith("mandapa")
+        rows.append(
+            [
+                name,
+                ms(median(mean(b.steps) for b in found)),
+                f"{slowed:.3f}",
+                f"{drained:.3f}" if pairs else "",
+                f"{share:.0%}" if logged else "",
+                f"{median(b.saving for b in found):.2f}",
+                f"{median(b.total for b in found):.2f}",
+                f"{median(b.after for b in found):.2f}" if logged else "",
+                target(drained if pairs else slowed, most, f"draining ≤ {most:.2f}") if logged else "",
+            ]
+        )
+    head = ["", "ms a step", "of plain", "draining, of plain", "steps draining", "s in saves", "s in all", "s after"]
+    table(
+        f"Training while {sizes.saves} checkpoints of {sizes.mb} MB drain, a save each {gap} steps, torch with "
+        f"{threads} thread{'s' * (threads > 1)}, {len(plain)} rounds",
+        [*head, "target"],
+        rows,
+    )

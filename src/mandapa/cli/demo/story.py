@@ -68,6 +68,7 @@ class Story:
         self._directory = os.path.join(out, self._name)
         self._restored = os.path.join(out, "best")
         self._step = 0
+        self._waited = 0  # things without a commit when the trainer was killed
         self._result: dict[str, Any] = {"artifact": ARTIFACT, "run": self._name, "repository": self._repo.url}
 
     def run(self) -> dict[str, Any]:
@@ -108,6 +109,7 @@ class Story:
                     self._result["resumed_from"] = found[1]
                 elif kill and line.startswith(f"epoch {self._kill_at} "):
                     os.kill(trainer.pid, signal.SIGKILL)
+                    self._waited = sum(found.pending for found in look(RunDirectory(self._directory)).backends)
                     trainer.wait()
                     self._result["killed_in_epoch"] = self._kill_at
                     return
@@ -137,8 +139,7 @@ class Story:
 
     def _outlive(self) -> None:
         """Show that the uploader, which nobody killed, commits what it was given, and ends."""
-        waiting = sum(backend.pending for backend in look(RunDirectory(self._directory)).backends)
-        things = count(waiting, "thing")
+        things = count(self._waited, "thing")
         self._say(f"It was killed with SIGKILL, when {things} that it had handed over waited for a commit.")
         self._say("The uploader, a process of its own, commits what waits, and ends. May this machine go then?")
         self._wait()

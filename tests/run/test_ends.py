@@ -164,6 +164,39 @@ def test_the_uploader_gives_up_when_it_has_lingered(lab, gate, monkeypatch):
     assert contents(lab.versions()[-1])["notes/last"] == b"last"
 
 
+def test_what_a_killed_trainer_had_half_taken_goes_at_the_next_start(lab):
+    """Or a machine that is taken away again and again would have a part of a checkpoint more each time."""
+    large = lab.folder / "source/large"
+    large.parent.mkdir()
+    with open(large, "wb") as file:
+        file.truncate(2 << 30)
+    calls = {
+        "copy": "run.log_asset(sys.argv[1])",
+        "save": "run.save_checkpoint({'w': numpy.zeros(1 << 30, numpy.uint8)}, step=1)",
+        "folder": "run.log_artifact('sub', os.path.dirname(sys.argv[1]))",
+    }
+    program = """
+        with Run("net", loggers=[logger(), SAVER], dir=RUNS) as run:
+            say("go")
+            exec(sys.argv[2])
+    """
+    folders = [lab.runs / "net/.run/staged", lab.runs / "net/checkpoints"]
+
+    def bytes_there() -> int:
+        return sum(path.stat().st_blocks * 512 for folder in folders for path in folder.rglob("*") if path.is_file())
+
+    for call in calls.values():
+        trainer = lab.python(program, large, call)
+        assert trainer.stdout.readline() == "go\n"
+        before = bytes_there()
+        until(lambda before=before: bytes_there() > before + 1_000_000)
+        lab.kill(trainer)
+        assert bytes_there() > 1_000_000
+        lab.finish(lab.python(program, large, "pass"))
+        assert bytes_there() < 1_000_000
+    assert lab.is_safe()
+
+
 def test_what_a_killed_uploader_said_last_is_not_believed(lab):
     """A run that begins asks the store anew whether it may write, and does not go by an answer of long ago."""
     denied = lab.folder / "denied"

@@ -190,15 +190,19 @@ class Checkpoint:
         return load_state(path)
 
 
-def save_state(state: Any, path: str, format_: str) -> int:
+def save_state(state: Any, path: str, format_: str, scratch: str = "") -> int:
     """Write a state to a new file, whole or not at all; gives its bytes.
+
+    It is written in the folder ``scratch`` first, which is made and is on the same disk; by default beside ``path``.
 
     Raises:
         InvalidInputError: The format cannot hold it (the message names what and where), or its library is not
             installed.
         StorageError, OSError: The disk is full or fails.
     """
-    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
+    if scratch:
+        os.makedirs(scratch, mode=0o700, exist_ok=True)
+    temporary = os.path.join(scratch or os.path.dirname(path), f".{os.path.basename(path)}.{os.getpid()}.tmp")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # in the system's words where it fails
     try:
         if format_ == "safetensors":

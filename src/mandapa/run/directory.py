@@ -247,6 +247,10 @@ class RunDirectory:
         """Where a backend is, without secrets."""
         return os.path.join(self.backends, f"{key}.json")
 
+    def unfinished(self, rank: int) -> str:
+        """Where a rank's checkpoint is while it is written."""
+        return os.path.join(self.checkpoints, f".rank{rank}")
+
     def source(self, source: str) -> str:
         """The absolute path of an entry's bytes."""
         return os.path.join(self.path, source)

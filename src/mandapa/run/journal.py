@@ -262,6 +262,8 @@ class Journal:
         reader = JournalReader(path, decoder)
         self.found: list[Any] = list(reader.new())
         """What the file held already."""
+        self.damaged = reader.damaged
+        """Lines of it that were left out."""
         self.path = path
         self.last = max([after, *[line.n for line in self.found]])
         """The number of the last line."""

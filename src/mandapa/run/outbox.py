@@ -19,7 +19,7 @@ from mandapa.run.limits import Limits
 from mandapa.run.logger import Take
 from mandapa.run.process import UploaderProcess
 from mandapa.run.progress import Progress
-from mandapa.run.staging import Staging
+from mandapa.run.staging import Staging, sweep
 from mandapa.run.troubles import Troubles
 
 __all__ = ["Outbox", "now"]
@@ -64,6 +64,8 @@ class Outbox:
         self._journal = Journal(directory.journal(rank), ENTRIES, after=known)
         self.begun = [line for line in self._journal.found if isinstance(line, BeginEntry)]
         """How the rank began before."""
+        if not self._journal.damaged:  # a line that cannot be read may name something
+            sweep(directory, rank, self._journal.found)
         self._journal.found.clear()
         self._pid = os.getpid()
         self._lock = threading.RLock()

@@ -451,7 +451,10 @@ class Run:
             saver = self._saver
             name = self._file_name(step, epoch)
             path = self._checkpoint_path(step, name)
-            size = self._outbox.make_room(name, self._size_guess, lambda: save_state(state, path, saver.format))
+            scratch = self._directory.unfinished(self.rank)
+            size = self._outbox.make_room(
+                name, self._size_guess, lambda: save_state(state, path, saver.format, scratch)
+            )
             if size is None:
                 return self._outbox.skipped()
             self._size_guess = size

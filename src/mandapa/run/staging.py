@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable
@@ -16,7 +17,9 @@ from mandapa.errors import InvalidInputError, MandapaError, NotFoundError, Stora
 from mandapa.run.directory import RunDirectory
 from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry
 
-__all__ = ["Staging", "drop_links", "plain_view", "release"]
+__all__ = ["Staging", "drop_links", "plain_view", "release", "sweep"]
+
+_STAGED = re.compile(r"([0-9]+)-([0-9]+)-[0-9]+(?:\.grows)?")
 
 _FICLONE = 0x40049409  # ioctl of Linux: share the blocks (btrfs, XFS)
 _PART = 64 << 20
@@ -51,7 +54,7 @@ class Staging:
             NotFoundError: No such file.
             StorageError: It cannot be read, or the disk is full; nothing is left behind.
         """
-        target = self._new()
+        target = self._new(take)
         try:
             size = _take_file(path, target, take)
         except OSError as error:
@@ -81,7 +84,7 @@ class Staging:
 
         With ``move`` nothing is taken away before all is taken over. What a symlink leads to stays where it is.
         """
-        target = self._new()
+        target = self._new(take)
         size = 0
         moved = []
         try:
@@ -115,7 +118,7 @@ class Staging:
             identity = (found.st_dev, found.st_ino)
             known = self._links.get(path)
             if known is None or known[0] != identity:
-                target = f"{self._new()}.grows"
+                target = self._new("grow")
                 try:
                     os.link(os.path.realpath(path), target)
                 except OSError as error:
@@ -127,15 +130,36 @@ class Staging:
             raise _explain(error, path) from error
         return known[1], found.st_size
 
-    def _new(self) -> str:
+    def _new(self, take: str = "copy") -> str:
         self._count += 1
-        return os.path.join(self._directory.staged, f"{self._prefix}-{self._count}")
+        suffix = {"move": ".moved", "grow": ".grows"}.get(take, "")
+        return os.path.join(self._directory.staged, f"{self._prefix}-{self._count}{suffix}")
 
 
 def plain_view(data: bytes | bytearray | memoryview) -> memoryview:
     """The same bytes, one after the other."""
     view = memoryview(data)
     return view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+
+
+def sweep(directory: RunDirectory, rank: int, journal: Iterable[Entry]) -> None:
+    """Give up what former processes of the rank were about to own when they were killed; the caller has its lock.
+
+    That is what no entry of the journal names, of the attempts that it knows. What was moved stays: nobody else has it.
+    """
+    attempts, named = set(), set()
+    for entry in journal:
+        attempts.add(str(entry.attempt))
+        if isinstance(entry, AssetEntry):
+            named.add(os.path.basename(entry.file.source))
+        elif isinstance(entry, ArtifactEntry):
+            named.add(os.path.basename(entry.source))
+    with suppress(OSError):
+        for name in os.listdir(directory.staged):
+            found = _STAGED.fullmatch(name)
+            if found and int(found[2]) == rank and found[1] in attempts and name not in named:
+                _remove(os.path.join(directory.staged, name))
+    shutil.rmtree(directory.unfinished(rank), ignore_errors=True)
 
 
 def release(directory: RunDirectory, entry: Entry) -> None:

@@ -12,7 +12,7 @@ import click
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size
-from mandapa.errors import MandapaError, StorageError
+from mandapa.errors import AccessDeniedError, MandapaError, StorageError
 
 if TYPE_CHECKING:
     from mandapa.run.directory import RunDirectory
@@ -77,6 +77,7 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
     import threading
 
     from mandapa.run.backend import spec_from
+    from mandapa.run.process import end_uploader
     from mandapa.run.status import look
     from mandapa.run.uploader import Uploader, saved_backends
 
@@ -113,7 +114,18 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
             while lock.held() and in_time():  # one that dies at its work leaves the rest to us
                 if watch():
                     return
+                if _fails(run):
+                    end_uploader(run)  # it cannot, with what it knows; we have this shell's credentials
                 time.sleep(_TICK)
+
+
+def _fails(run: RunDirectory) -> bool:
+    """Whether an uploader whose trainers are gone does nothing but fail."""
+    from mandapa.run.status import look
+
+    found = look(run)
+    pending = [backend for backend in found.backends if backend.pending]
+    return not found.live and bool(pending) and all(backend.error for backend in pending)
 
 
 def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:
@@ -125,7 +137,8 @@ def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:
     for backend in found.backends:
         error = told.get(backend.key, {}).get("error")
         if backend.pending and error:
-            return error_from(str(error.get("type")), f"{found.run}: {error.get('message')}{_hint(backend)}")
+            hint = _hint(backend) if error.get("type") == AccessDeniedError.__name__ else ""
+            return error_from(str(error.get("type")), f"{found.run}: {error.get('message')}{hint}")
     return StorageError(f"{found.run}: not all is committed yet; call 'mandapa sync {_near(found.path)}' again")
 
 

@@ -198,6 +198,8 @@ def _without_twins(handed: Sequence[Handed]) -> list[Handed]:
     folders: set[str] = set()
     for at, (_, entry) in enumerate(handed):
         if isinstance(entry, AssetEntry):
+            if entry.reserved:
+                continue  # facts of the run, which are ours: the last are the ones that count
             path, grows = entry.file.path, entry.file.source if entry.grows else ""
         elif isinstance(entry, UrlEntry):
             path, grows = entry.path, ""

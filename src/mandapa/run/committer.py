@@ -22,6 +22,7 @@ from mandapa.errors import (
     StorageError,
 )
 from mandapa.format.keys import CATALOG, log_key
+from mandapa.format.records import Record
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.paths import folders_of
 from mandapa.repository.repository import Repository
@@ -68,7 +69,7 @@ class Hub:
     urgent: bool = False
     """Everything that waits is to be committed."""
     asked: int = 0
-    """How often somebody outside asked for a commit; who pauses tries again at once then."""
+    """How often somebody asked for a commit; who pauses tries again at once then."""
     newest_first: bool = False
     """The machine is about to go."""
     stopping: bool = False
@@ -280,6 +281,11 @@ class Committer:
                 found["hparams"] = text.decode(errors="replace")
         return found
 
+    @property
+    def failures(self) -> int:
+        """How often it has failed since its last commit."""
+        return self._failures
+
     # -- commits ------------------------------------------------------------------------------------------------------
 
     def _begin(self, batch: Batch, *, early: bool = False) -> None:
@@ -474,7 +480,7 @@ class Committer:
             return
         versions = version.artifact.state().versions
         numbers = range(base + 1, version.number)
-        between = [number for number in numbers if versions[number].record.run != self._directory.name]
+        between = [number for number in numbers if not self._is_ours(versions[number].record)]
         if between:
             named = ", ".join(f"v{number}" for number in between[:5]) + (", ..." if len(between) > 5 else "")
             message = (
@@ -483,6 +489,11 @@ class Committer:
             )
             self._tell(message)
             self.report = {**self.report, "strangers": message}
+
+    def _is_ours(self, record: Record) -> bool:
+        """Whether this run has made it, on this machine."""
+        assert self._repo is not None
+        return record.run == self._directory.name and record.by == self._repo.author.by
 
 
 def newest_checkpoint(versions: list[Version]) -> Version | None:

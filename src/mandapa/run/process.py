@@ -16,7 +16,7 @@ from mandapa.digest import hexdigest
 from mandapa.errors import ConflictError, StorageError
 from mandapa.run.directory import RunDirectory, read_json
 
-__all__ = ["UploaderProcess", "environment", "fingerprint"]
+__all__ = ["UploaderProcess", "end_uploader", "environment", "fingerprint"]
 
 _TICK = 0.01
 _KILLED = 5.0  # seconds until a killed process must be gone
@@ -93,7 +93,7 @@ class UploaderProcess:
                     ):
                         return status
                 elif current and (child is None or pid != child.pid):
-                    self._replace(pid)
+                    end_uploader(self._directory)
             elif child is None or child.poll() is not None:
                 self._start()
             if time.monotonic() > give_up:
@@ -130,24 +130,26 @@ class UploaderProcess:
         with suppress(BrokenPipeError), child.stdin as pipe:
             pipe.write(self._config)
 
-    def _replace(self, pid: int) -> None:
-        """End an uploader that has other backends or credentials; it may be killed at any moment, no byte is lost."""
-        lock = self._directory.uploader_lock()
-        holder, _, host = lock.holder().partition(" ")
-        if holder != str(pid) or host != os.uname().nodename:
-            if host and host != os.uname().nodename:
-                raise ConflictError(
-                    f"the uploader of {self._directory.path} runs on {host}: a run's directory serves one machine; "
-                    "use another dir="
-                )
-            return  # between two uploaders: look again
-        if not _is_uploader(pid):
-            return
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        give_up = time.monotonic() + _KILLED
-        while lock.held() and time.monotonic() < give_up:
-            time.sleep(_TICK)
+
+def end_uploader(directory: RunDirectory) -> None:
+    """Kill the uploader that is at work, if one is: one may be killed at any moment, no byte is lost.
+
+    Raises:
+        ConflictError: It runs on another machine.
+    """
+    lock = directory.uploader_lock()
+    pid, _, host = lock.holder().partition(" ")
+    if host and host != os.uname().nodename:
+        raise ConflictError(
+            f"the uploader of {directory.path} runs on {host}: a run's directory serves one machine; use another dir="
+        )
+    if not pid.isdigit() or not _is_uploader(int(pid)):
+        return  # between two uploaders: whoever calls looks again
+    with suppress(ProcessLookupError):
+        os.kill(int(pid), signal.SIGKILL)
+    give_up = time.monotonic() + _KILLED
+    while lock.held() and time.monotonic() < give_up:
+        time.sleep(_TICK)
 
 
 def _is_uploader(pid: int) -> bool:

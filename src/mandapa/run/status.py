@@ -69,8 +69,11 @@ def look(directory: RunDirectory) -> RunStatus:
     uploading = directory.uploader_lock().held()
     told = read_json(directory.status).get("backends", {})
     backends = []
+    known_keys = {key for begin in feed.begun.values() for key in begin.backends}
     for key, value in saved_backends(directory).items():
         progress = Progress(directory, key).look()
+        if key not in known_keys and not progress.any:
+            continue  # it refused the run before that began
         pending = [
             entry
             for rank, entries in feed.entries.items()

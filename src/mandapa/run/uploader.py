@@ -88,6 +88,7 @@ class Uploader:
         self._idle: dict[str, Intervals] = {}
         self._grown: set[str] = set()
         self._ending = self._hurrying = False
+        self._failures: dict[str, int] = {}
         self._request = self._requested()
         self._status: dict[str, Any] = {}
         self._status_at = 0.0
@@ -154,6 +155,7 @@ class Uploader:
                         changed = True
             if ending and not self._hurrying:  # only now: the newest checkpoint is among those that have been read
                 self._hurrying = changed = True
+                self._failures = {key: committer.failures for key, committer in self.committers.items()}
                 with self._hub.changed:
                     self._hub.urgent = self._hub.newest_first = True
                     self._hub.asked += 1
@@ -189,8 +191,8 @@ class Uploader:
         if self._once:
             failed = all(c.report["state"] not in ("opening", "ok") for c in self._waiting())
             return drained or failed
-        if self._hurrying and drained:
-            return True
+        if self._hurrying and all(c.failures > self._failures[c.key] for c in self._waiting()):
+            return True  # there is nothing left to do, or nothing that can be done before the machine is gone
         return not any(self._hub.feed.live.values()) and (drained or alone >= self._linger)
 
     def _waiting(self) -> list[Committer]:

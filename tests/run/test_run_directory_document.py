@@ -22,7 +22,7 @@ def test_every_kind_of_line_and_its_members_are_documented():
     """In the tables, none left out and none made up."""
     rows = {
         kind: set(re.findall(r"`([a-z_]+)`", members))
-        for kind, members in re.findall(r"^\| `([a-z]+)` \| ([^|]*)\|", TEXT, re.M)
+        for kind, members in re.findall(r"^\| `([a-z]+)` \| ([^|]*)\|", TEXT, re.MULTILINE)
     }
     known = {**kinds(journal.Any_), **kinds(journal.Started | journal.Made)}
     assert rows.keys() == known.keys()

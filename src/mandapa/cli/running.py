@@ -109,23 +109,32 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
                 if not work.is_alive():
                     lock.release()
                 return
+            failures = _failures(run)
             with open(run.request, "a", encoding="utf-8"):
                 os.utime(run.request)
             while lock.held() and in_time():  # one that dies at its work leaves the rest to us
                 if watch():
                     return
-                if _fails(run):
+                if _has_failed(run, since=failures):
                     end_uploader(run)  # it cannot, with what it knows; we have this shell's credentials
                 time.sleep(_TICK)
 
 
-def _fails(run: RunDirectory) -> bool:
-    """Whether an uploader whose trainers are gone does nothing but fail."""
+def _failures(run: RunDirectory) -> dict[str, int]:
+    """How often the uploader has failed at each backend since its last commit there."""
+    from mandapa.run.directory import read_json
+
+    told = read_json(run.status).get("backends", {})
+    return {key: int(backend.get("error", {}).get("failures", 0)) for key, backend in told.items()}
+
+
+def _has_failed(run: RunDirectory, *, since: dict[str, int]) -> bool:
+    """Whether an uploader whose trainers are gone has tried again, and failed at everything that waits."""
     from mandapa.run.status import look
 
-    found = look(run)
-    pending = [backend for backend in found.backends if backend.pending]
-    return not found.live and bool(pending) and all(backend.error for backend in pending)
+    found, failures = look(run), _failures(run)
+    pending = [backend.key for backend in found.backends if backend.pending]
+    return not found.live and bool(pending) and all(failures.get(key, 0) > since.get(key, 0) for key in pending)
 
 
 def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:

@@ -33,7 +33,8 @@ test: lint $(VENV)/.azurite
 
 soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
-	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py
+	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py \
+	  tests/run/test_kills.py tests/run/test_dying_uploaders.py
 
 bench: $(VENV)/.test
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done

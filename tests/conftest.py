@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -23,6 +24,52 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("MANDAPA_DEBUG", raising=False)
         patch.setenv("MANDAPA_CACHE", str(tmp_path_factory.mktemp("mandapa-cache")))
         yield
+
+
+class Door:
+    """A door before object stores in folders: while it is shut, they refuse everything.
+
+    `store` is their class, which uploaders import by themselves; `kwargs` are its arguments.
+    """
+
+    MODULE = """
+import os
+from mandapa.errors import AccessDeniedError
+from mandapa.object_store import LocalObjectStore
+
+
+class DoorObjectStore(LocalObjectStore):
+    def __init__(self, path, shut, secret_key=""):
+        super().__init__(path)
+        self._shut = shut
+
+    def __getattribute__(self, name):
+        if name in ("get", "get_ranges", "head", "list", "put", "create", "delete"):
+            if os.path.exists(object.__getattribute__(self, "_shut")):
+                raise AccessDeniedError(f"the door is shut: {name} is refused")
+        return super().__getattribute__(name)
+"""
+
+    def __init__(self, folder: Path) -> None:
+        self._shut = folder / "shut"
+        self.repo = folder / "door-repo"
+        module = f"door_stores_{folder.name.replace('-', '_')}"
+        (folder / f"{module}.py").write_text(self.MODULE)
+        self.store = importlib.import_module(module).DoorObjectStore
+        self.kwargs = {"path": str(self.repo), "shut": str(self._shut)}
+
+    def shut(self) -> None:
+        self._shut.touch()
+
+    def open(self) -> None:
+        self._shut.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def door(place: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
+    """An open one, before a store below ``place``."""
+    monkeypatch.syspath_prepend(str(place))
+    return Door(place)
 
 
 @pytest.fixture

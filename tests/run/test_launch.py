@@ -39,9 +39,8 @@ class Rank:
         opened = opened or {}
         given: dict[str, Any] = {"settled": dict.fromkeys(opened, False), "local_step": None, "fresh": False, **known}
         found = join(self.directory, self.begun, local_world=self.world, opened=opened, **given)
-        n = len(self.begun) + 1
-        attempt = found.attempt
-        begin = BeginEntry(n=n, time="", attempt=attempt, launch=found.id, local_ranks=[], backends=[], base={})
+        common: dict[str, Any] = {"n": len(self.begun) + 1, "time": "", "attempt": found.attempt, "fresh": found.fresh}
+        begin = BeginEntry(**common, launch=found.id, local_ranks=[], backends=[], base={})
         self.begun.append(begin)
         return found
 
@@ -193,6 +192,18 @@ def test_a_fresh_start_has_an_empty_folder(directory: RunDirectory) -> None:
     """In every backend, whatever is there."""
     found = Rank(directory).start({"a": stored(10), "b": {}}, settled={"a": True, "b": False}, fresh=True)
     assert (found.store, found.base, found.fresh) == (None, {"a": None, "b": None}, True)
+
+
+def test_what_was_before_a_fresh_start_is_not_gone_on_from(directory: RunDirectory) -> None:
+    """Though nothing of the fresh one is in a store yet, or its uploader looked before it began."""
+    rank = Rank(directory)
+    assert rank.start({"a": stored(10, attempt=3)}).attempt == 4
+    assert rank.start({"a": stored(10, attempt=4)}, fresh=True).attempt == 5
+    found = rank.start({"a": stored(10, attempt=4), "b": {"newest": 1}})
+    assert (found.attempt, found.store, found.base) == (6, None, {})
+    found = rank.start({"a": stored(7, attempt=5)})
+    assert found.store is not None
+    assert found.store["metadata"] == {"step": 7}
 
 
 # -- ranks of the environment ------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from mandapa.format import strict
 from mandapa.object_store.base import ObjectStore
 from mandapa.object_store.cloud import CloudObjectStore
 
-__all__ = ["SCHEMES", "check_url", "url_facts"]
+__all__ = ["SCHEMES", "check_facts", "check_url", "url_facts"]
 
 SCHEMES = frozenset(("s3", "gs", "az", "abfs", "abfss", "https", "http", "hf", "file"))
 """Schemes of URLs that can be assets."""
@@ -51,6 +51,21 @@ def check_url(url: str) -> None:
         )
 
 
+def check_facts(url: str, size: int | None, checksum: str) -> None:
+    """Refuse a size or checksum that cannot be recorded of a URL.
+
+    Raises:
+        InvalidInputError: A size below 0 or above what the format holds, or a checksum that is not ``scheme:value``.
+    """
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= strict.INT_MAX):
+        raise InvalidInputError(f"size={size!r}: bytes, 0 or more")
+    if not isinstance(checksum, str):
+        raise InvalidInputError(f"a checksum is a string, not {type(checksum).__name__}")
+    strict.check_url(url, checksum)
+    if checksum and not _CHECKSUM.fullmatch(checksum):
+        raise InvalidInputError(f"checksum={checksum!r}: write its kind first, as in 'sha256:9f86d08...' or 'etag:...'")
+
+
 def url_facts(url: str, size: int | None, checksum: str, store: ObjectStore) -> tuple[int | None, str]:
     """Size and checksum to record: those given, else what can be had without fetching anything.
 
@@ -59,11 +74,7 @@ def url_facts(url: str, size: int | None, checksum: str, store: ObjectStore) -> 
     Raises:
         InvalidInputError: A size below 0, or a checksum that is not ``scheme:value``.
     """
-    if size is not None and (not isinstance(size, int) or size < 0):
-        raise InvalidInputError(f"size={size!r}: bytes, 0 or more")
-    strict.check_url(url, checksum)
-    if checksum and not _CHECKSUM.fullmatch(checksum):
-        raise InvalidInputError(f"checksum={checksum!r}: write its kind first, as in 'sha256:9f86d08...' or 'etag:...'")
+    check_facts(url, size, checksum)
     parts = urlsplit(url)
     if size is None and parts.scheme == "file" and parts.netloc in ("", "localhost"):
         with suppress(OSError):

@@ -46,6 +46,14 @@ class Handle:
         self._keys = keys
         self._taken = taken
 
+    @classmethod
+    def of(cls, handles: Sequence[Handle]) -> Handle:
+        """What became of all of these, of one run: the last is committed when all are; one that is skipped counts."""
+        parts = [(one._run, one._n, one._keys, one._taken) for one in handles]  # noqa: SLF001 - its own kind
+        run, n, _, _ = max(parts, key=lambda part: part[1])
+        keys = dict.fromkeys(key for _, _, wanted, _ in parts for key in wanted)
+        return cls(run, n, list(keys), taken=all(taken for *_, taken in parts))
+
     def done(self) -> bool:
         """Whether every backend has committed it. Reads local files only."""
         return self._taken and self._run.has_committed(self._n, self._keys)

@@ -75,6 +75,9 @@ def join(
                 return launch
         numbers = [known.attempt, *[begin.attempt for begin in own]]
         numbers += [int(found.get("attempt", 0)) for found in opened.values()]
+        # What a store has from before the last fresh start is another story, also for an uploader that asked it then.
+        since = max((begin.attempt for begin in own if begin.fresh), default=0)
+        opened = {key: found for key, found in opened.items() if int(found.get("attempt", 0)) >= since}
         store = None if fresh else _newest_stored(opened, local_step)
         launch = Launch(
             id=id_, attempt=max(numbers) + 1, fresh=fresh, base=_base(opened, settled, store, fresh), store=store

@@ -70,6 +70,7 @@ class Outbox:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._closed = False
+        self._attempt = 0  # none has begun
         self._beat = time.monotonic()
         self._waiting: dict[int, tuple[Sequence[str], int]] = {}  # number -> backends, bytes
 
@@ -160,6 +161,8 @@ class Outbox:
         Raises:
             StorageError: The bytes cannot be taken for another reason; or for this one, where troubles raise.
         """
+        limit = self._limits.staging_bytes
+        asked = False
         while True:
             if self._has_room(size):
                 try:
@@ -169,14 +172,17 @@ class Outbox:
                         if isinstance(error, OSError) and not isinstance(error, MandapaError):
                             raise StorageError(f"{what} cannot be written: {error.strerror or error}") from error
                         raise
-            if self._limits.when_full == "skip":
+            if self._limits.when_full == "skip" or (limit is not None and size > limit):
                 self._troubles.report(
                     f"there is no room for {what} ({size:,} bytes) in {self._directory.path}: it is not logged; free "
-                    "some "
-                    "space, or see mandapa.Limits"
+                    "some space, or see mandapa.Limits"
                 )
                 return None
             self._troubles.warn(f"there is no room in {self._directory.path}: the run waits until there is some")
+            if not asked:  # nobody else may ask while the training waits here
+                with suppress(StorageError):
+                    self.append(CommitEntry)
+                    asked = True
             self.check_uploader()
             time.sleep(_TICK)
 
@@ -250,6 +256,15 @@ class Outbox:
                 hopeless=timeout is None,
             )
         finally:
+            self._journal.close()
+
+    def abandon(self) -> None:
+        """Close it without waiting: the attempt, if one has begun, has failed."""
+        with self._lock:
+            if self._attempt:
+                with suppress(StorageError):
+                    self.append(EndEntry, status="failed")
+            self._closed = True
             self._journal.close()
 
     def _wait(self, done: Callable[[], bool], timeout: float | None, *, hopeless: bool = False) -> bool:

@@ -22,7 +22,7 @@ from mandapa.content.walk import walk
 from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.strict import INT_MAX, check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
-from mandapa.repository.urls import check_url
+from mandapa.repository.urls import check_facts, check_url
 from mandapa.run.backend import key_of, public, value_of
 from mandapa.run.checkpoints import Checkpoint, CheckpointSaver, save_state
 from mandapa.run.committer import CHECKPOINT
@@ -39,7 +39,7 @@ from mandapa.run.process import UploaderProcess
 from mandapa.run.reader import error_from, fetch
 from mandapa.run.resume import from_store, newest_local, one_at_a_time
 from mandapa.run.secrets import redact
-from mandapa.run.staging import release
+from mandapa.run.staging import plain_view, release
 from mandapa.run.troubles import Troubles
 
 __all__ = ["Run"]
@@ -107,6 +107,7 @@ class Run:
         self._broken: set[int] = set()
         self._size_guess = 0
         self._inputs: list[str] = []
+        self._opened: list[Logger] = []
         self._hparams: dict[str, Any] = {}
         self.name = check_name(name)
         given = plain(hparams)
@@ -126,7 +127,7 @@ class Run:
         try:
             self._begin(given, resume)
         except BaseException:
-            self._rank_lock.release()
+            self._abandon()
             raise
 
     # -- beginning ----------------------------------------------------------------------------------------------------
@@ -198,9 +199,24 @@ class Run:
         self._write_facts("running")
         for logger in self._loggers:
             self._call(logger, lambda logger: logger.open(self), raises=InvalidInputError)
+            self._opened.append(logger)
         self.log_hparams(given)
         if resumed is not None and given and former is not None and (lines := diff(former, self._hparams)):
             self._troubles.warn(f"hyperparameters differ from those of the run so far: {'; '.join(lines[:20])}")
+
+    def _abandon(self) -> None:
+        """End what has begun, without waiting for anything."""
+        for logger in self._opened:
+            with suppress(Exception):  # there is an error already
+                logger.close()
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        if _open_runs.get((self.dir, self.rank)) is self:
+            del _open_runs[self.dir, self.rank]
+        outbox: Outbox | None = getattr(self, "_outbox", None)  # there is none before the uploader has answered
+        if outbox is not None:
+            outbox.abandon()
+        self._rank_lock.release()
 
     def _check_access(self, known: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse to train where a backend refused us; one that does not answer may come back."""
@@ -265,7 +281,8 @@ class Run:
             with open(temporary, "wb") as file:
                 file.write(text)
             os.replace(temporary, os.path.join(self.dir, "hparams.yaml"))
-            self._outbox.bytes("hparams.yaml", text, self._wanting("hparams.yaml"))
+            if keys := self._wanting("hparams.yaml"):
+                self._outbox.bytes("hparams.yaml", text, keys)
             for logger in self._loggers:
                 self._call(logger, lambda logger: logger.log_hparams(self._hparams))
 
@@ -291,10 +308,8 @@ class Run:
                 raise InvalidInputError(f"take={take!r}: use 'copy', 'move', 'link' or 'grow'")
             if os.path.isdir(source):
                 prefix = f"{check_path(at)}/" if at else ""
-                handle = self._outbox.local()
-                for found in walk(source):
-                    handle = self.log_asset(found.source, prefix + found.path, take=take)
-                return handle
+                handles = [self.log_asset(found.source, prefix + found.path, take=take) for found in walk(source)]
+                return Handle.of(handles) if handles else self._outbox.local()
             place = check_path(os.path.basename(os.path.abspath(source)) if at is None else at)
             if keys := self._wanting(place):
                 return self._outbox.file(place, source, keys, take)
@@ -316,20 +331,31 @@ class Run:
                 raise InvalidInputError(f"log_bytes takes bytes, not {type(data).__name__}")
             keys = self._wanting(check_path(at))
             if not self._backends:
-                target = os.path.join(self.dir, at)
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with open(target, "wb") as file:
-                    file.write(data)
+                self._write_bytes(at, data)
             return self._outbox.bytes(at, data, keys) if keys else self._outbox.local()
+
+    def _write_bytes(self, at: str, data: bytes | bytearray | memoryview) -> None:
+        """Into the run's directory, but for what belongs to the run itself there."""
+        if at.partition("/")[0] == os.path.basename(self._directory.inner):
+            raise InvalidInputError(f"{at!r}: the folder {os.path.basename(self._directory.inner)!r} is the run's own")
+        target = os.path.join(self.dir, at)
+        try:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            with open(target, "wb") as file:
+                file.write(plain_view(data))
+        except OSError as error:
+            raise StorageError(f"{target} cannot be written: {error.strerror}") from error
 
     def log_url(self, at: str, url: str, *, size: int | None = None, checksum: str = "") -> Handle:
         """Record a URL at a place in the run's folder; its bytes stay where they are and are not read.
 
         Raises:
-            InvalidInputError: A scheme that is not allowed, or a URL that carries a secret.
+            InvalidInputError: A scheme that is not allowed, a URL that carries a secret, a place that no version can
+                hold, or a size or checksum that cannot be.
         """
         with self._outbox.working():
             check_url(url)
+            check_facts(url, size, checksum)
             keys = self._wanting(check_path(at))
             if not keys:
                 return self._outbox.local()
@@ -357,7 +383,7 @@ class Run:
             facts = clean_metadata(metadata)
             source = os.fspath(path)
             labels = [check_label(alias) for alias in ([aliases] if isinstance(aliases, str) else aliases)]
-            if any(value["artifact"] == name for _, value in self._backends.values()):
+            if any(value["artifact"].lower() == name.lower() for _, value in self._backends.values()):
                 raise InvalidInputError(f"{name!r} is the artifact of the run itself: use log_asset, or another name")
             if not os.path.exists(source):
                 raise NotFoundError(f"there is no file or folder {source!r}")
@@ -569,8 +595,10 @@ class Run:
         return self._close("finished", timeout)
 
     def _close(self, status: Literal["finished", "failed"], timeout: float | None) -> bool:
-        if self._pid != os.getpid() or self._closed:
+        if self._pid != os.getpid():
             return True
+        if self._closed:
+            return not self._outbox.waiting()
         self._closed = True
         atexit.unregister(self._at_exit)
         _open_runs.pop((self.dir, self.rank), None)
@@ -637,12 +665,14 @@ def _close_former(folder: str, rank: int) -> None:
     """In a notebook a cell is run again, and the run of the first time is still open."""
     former = _open_runs.get((folder, rank))
     if former is not None:
-        warnings.warn(f"the run {former.name!r} was open in this process: it is closed first", stacklevel=3)
+        text = f"the run {former.name!r} was open in this process: it is closed first"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
         former.close()
 
 
-def _check_loggers(loggers: Iterable[Logger]) -> list[Logger]:
-    found = [loggers] if isinstance(loggers, Logger) else list(loggers)
+def _check_loggers(loggers: Any) -> list[Logger]:
+    one = isinstance(loggers, Logger | type) or not isinstance(loggers, Iterable)
+    found = [loggers] if one else list(loggers)
     for logger in found:
         if not isinstance(logger, Logger):
             name = logger.__name__ if isinstance(logger, type) else type(logger).__name__

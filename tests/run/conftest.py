@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = str(Path(__file__).parent)
+sys.path.insert(0, HERE)
 pytest.register_assert_rewrite("lab")
 
 from lab import Gate, Lab  # noqa: E402 - after the lines above
@@ -31,6 +33,7 @@ def lab(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("LAB_RUNS", str(made.runs))
     monkeypatch.setenv("LAB_BUCKET", made.bucket)
     monkeypatch.setenv("LAB_URL", server.url)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (HERE, os.environ.get("PYTHONPATH")))))
     try:
         yield made
     finally:
@@ -39,8 +42,13 @@ def lab(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture
 def gate() -> Iterator[Gate]:
-    made = Gate()
-    try:
+    """A store that does not answer, until it is opened."""
+    with contextlib.closing(Gate()) as made:
         yield made
-    finally:
-        made.close()
+
+
+@pytest.fixture
+def dead_gate() -> Iterator[Gate]:
+    """A store that nothing listens at, until it is opened."""
+    with contextlib.closing(Gate(refuses=True)) as made:
+        yield made

@@ -41,28 +41,33 @@ def until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
 class Gate:
     """An address that accepts connections and never answers, until it is opened: then it leads to a server.
 
+    Args:
+        refuses: Until then it accepts no connections.
+
     Attributes:
         received: Bytes that came back from the server.
     """
 
-    def __init__(self, port: int = 0) -> None:
-        self._listener = socket.create_server(("127.0.0.1", port), backlog=128)
-        self.port = self._listener.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(self, *, refuses: bool = False) -> None:
+        self._listener = socket.socket()
+        self._listener.bind(("127.0.0.1", 0))  # nobody else gets the port, and nobody is let in without `listen`
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self.received = 0
         self._target: tuple[str, int] | None = None
         self._waiting: list[socket.socket] = []
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._accept, daemon=True)]
-        self._threads[0].start()
+        self._threads: list[threading.Thread] = []
+        if not refuses:
+            self._listen()
 
-    def open(self, server: Server) -> Gate:
+    def open(self, server: Server) -> None:
         """Lead there from now on; who has waited until now is hung up on."""
         host, _, port = server.url.removeprefix("http://").partition(":")
         with self._lock:
             self._target = host, int(port)
         self._hang_up()
-        return self
+        if not self._threads:
+            self._listen()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -71,6 +76,11 @@ class Gate:
         self._hang_up()
         for thread in self._threads:
             thread.join(10)
+
+    def _listen(self) -> None:
+        self._listener.listen(128)
+        self._threads.append(threading.Thread(target=self._accept, daemon=True))
+        self._threads[0].start()
 
     def _hang_up(self) -> None:
         with self._lock:

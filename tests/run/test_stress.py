@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import stores
-from lab import Gate, Lab, contents, remove, steps, until
+from lab import Lab, contents, remove, steps, until
 
 from mandapa import CheckpointSaver, Repository, Run
 from mandapa.digest import Hasher
@@ -46,17 +45,18 @@ def test_training_does_not_notice_a_store_that_never_answers(lab, gate, monkeypa
 
     data = {f"part/{number}": os.urandom(10_000) for number in range(1000)}
     source = lab.folder / "asset"
-    for _ in range(3):  # three times if need be: on a busy machine others take the processor away
-        seconds = []
-        for path, content in data.items():
-            source.write_bytes(content)
-            begin = time.perf_counter()
-            handle = run.log_asset(source, path)
-            seconds.append(time.perf_counter() - begin)
-        p99 = statistics.quantiles(seconds, n=100)[-1]
-        if p99 <= 0.010:
-            break
-    assert p99 <= 0.010, f"p99 of log_asset is {p99 * 1000:.1f} ms"
+    seconds: dict[str, list[float]] = {"log": [], "copy": []}
+    for path, content in data.items():
+        source.write_bytes(content)
+        begin = time.perf_counter()
+        handle = run.log_asset(source, path)
+        seconds["log"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        shutil.copyfile(source, lab.folder / f"copy-{len(seconds['copy'])}")
+        seconds["copy"].append(time.perf_counter() - begin)
+    p99 = {what: statistics.quantiles(times, n=100)[-1] for what, times in seconds.items()}
+    # On a machine that is busy with other things, no call takes much longer than a bare copy does.
+    assert p99["log"] <= max(0.010, 3 * p99["copy"]), p99
     assert handle.state in ("held", "durable")
 
     begin = time.monotonic()
@@ -90,11 +90,9 @@ def test_sync_does_not_wait_for_the_uploader_to_end_its_pause(lab):
     assert time.monotonic() - begin < 3  # the pause after four failures takes four seconds
 
 
-def test_one_backend_is_away_and_the_other_does_not_wait(lab, tmp_path):
+def test_one_backend_is_away_and_the_other_does_not_wait(lab, dead_gate):
     """What one store has is its own affair; which one lacks what is told, and made up for when it is back."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    away = ObjectStoreLogger(S3ObjectStore, {"bucket": f"{lab.bucket}-a", "endpoint_url": f"http://127.0.0.1:{port}"})
+    away = ObjectStoreLogger(S3ObjectStore, {"bucket": f"{lab.bucket}-a", "endpoint_url": dead_gate.url})
     lacks = f"cannot read .* in s3://{lab.bucket}-a: nothing listens"
     with pytest.warns(RuntimeWarning, match=f"assets wait .* {lacks}"):
         run = Run("net", loggers=[away, lab.logger()], dir=lab.runs)
@@ -114,11 +112,8 @@ def test_one_backend_is_away_and_the_other_does_not_wait(lab, tmp_path):
     assert count == 1 + 2  # and what is true of the run, at its begin and at its end
     assert "nothing listens there" in error
 
-    back = Gate(port).open(lab.server)
-    try:
-        lab.mandapa("sync", lab.runs)
-    finally:
-        back.close()
+    dead_gate.open(lab.server)
+    lab.mandapa("sync", lab.runs)
     assert contents(lab.versions(f"{lab.bucket}-a")[-1]) == {"a": b"1"}
     assert "all is committed" in lab.mandapa("status", lab.runs)
 
@@ -210,9 +205,11 @@ def test_data_loader_with_forked_workers_beside_a_draining_run(lab):
     """Workers fork while other threads log; they may print, and get a clear error at once when they log."""
     trainer = lab.python(
         """
+        import warnings
         import torch
         from torch.utils.data import DataLoader, Dataset
 
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # on a machine of one core
         run = Run("net", loggers=[FileLogger(), TensorboardLogger(), logger()], dir=RUNS)
 
         class Data(Dataset):
@@ -488,6 +485,7 @@ def test_the_newest_of_twenty_checkpoints_is_fetched_alone(lab, gate):
     """Its bytes and little more travel, for whoever reads the version and for a run that goes on elsewhere."""
     size = 1 << 20
     with Run("net", loggers=[lab.logger(), CheckpointSaver(format="safetensors")], dir=lab.runs) as run:
+        run.log_bytes("other", os.urandom(3 * size))
         for step in range(1, 21):
             noise = np.random.default_rng(step).integers(0, 256, size, np.uint8)
             run.save_checkpoint({"at": np.array([step, 0]), "w": noise}, step=step)

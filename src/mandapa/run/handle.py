@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-__all__ = ["Handle"]
+__all__ = ["Handle", "together"]
 
 
 class Waiter(Protocol):
@@ -46,14 +46,6 @@ class Handle:
         self._keys = keys
         self._taken = taken
 
-    @classmethod
-    def of(cls, handles: Sequence[Handle]) -> Handle:
-        """What became of all of these, of one run: the last is committed when all are; one that is skipped counts."""
-        parts = [(one._run, one._n, one._keys, one._taken) for one in handles]  # noqa: SLF001 - its own kind
-        run, n, _, _ = max(parts, key=lambda part: part[1])
-        keys = dict.fromkeys(key for _, _, wanted, _ in parts for key in wanted)
-        return cls(run, n, list(keys), taken=all(taken for *_, taken in parts))
-
     def done(self) -> bool:
         """Whether every backend has committed it. Reads local files only."""
         return self._taken and self._run.has_committed(self._n, self._keys)
@@ -84,3 +76,11 @@ class Handle:
 
     def __repr__(self) -> str:
         return f"<Handle {self.version or self.state}>"
+
+
+def together(handles: Sequence[Handle]) -> Handle:
+    """What became of all of these, of one run: the last is committed when all are; one that is skipped counts."""
+    parts = [(one._run, one._n, one._keys, one._taken) for one in handles]  # noqa: SLF001 - what a handle is
+    run, n, _, _ = max(parts, key=lambda part: part[1])
+    keys = dict.fromkeys(key for _, _, wanted, _ in parts for key in wanted)
+    return Handle(run, n, list(keys), taken=all(taken for *_, taken in parts))

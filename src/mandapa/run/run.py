@@ -28,7 +28,7 @@ from mandapa.run.checkpoints import Checkpoint, CheckpointSaver, save_state
 from mandapa.run.committer import CHECKPOINT
 from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
-from mandapa.run.handle import Handle
+from mandapa.run.handle import Handle, together
 from mandapa.run.hparams import diff, from_yaml, plain, to_yaml
 from mandapa.run.journal import ENTRIES, ArtifactEntry, CheckpointEntry, File, JournalReader, UrlEntry, UseEntry
 from mandapa.run.launch import join
@@ -309,7 +309,7 @@ class Run:
             if os.path.isdir(source):
                 prefix = f"{check_path(at)}/" if at else ""
                 handles = [self.log_asset(found.source, prefix + found.path, take=take) for found in walk(source)]
-                return Handle.of(handles) if handles else self._outbox.local()
+                return together(handles) if handles else self._outbox.local()
             place = check_path(os.path.basename(os.path.abspath(source)) if at is None else at)
             if keys := self._wanting(place):
                 return self._outbox.file(place, source, keys, take)

@@ -127,8 +127,9 @@ def pairs(batch: Batch) -> list[tuple[int, int]]:
 
 
 def path_of(entry: Entry) -> str | None:
+    """Where it goes in the version; of what the run itself adds none."""
     if isinstance(entry, AssetEntry):
-        return entry.file.path
+        return None if entry.reserved else entry.file.path
     return entry.path if isinstance(entry, UrlEntry) else None
 
 
@@ -261,6 +262,33 @@ def test_paths_that_only_look_alike_go_together() -> None:
     for path in ("a/b", "a/c", "ab", "a.b", "a/bc"):
         world.asset(path)
     assert world.work(urgent=True) == [["a/b", "a/c", "ab", "a.b", "a/bc"]]
+
+
+@pytest.mark.parametrize("path", ["checkpoint", "checkpoint/state-rank0.pt", "checkpoint/state-rank0.pt/x"])
+def test_what_stands_in_the_way_of_a_checkpoint_is_in_a_version_before_it(path: str) -> None:
+    world = World().launch()
+    world.asset("a")
+    world.asset(path)
+    world.asset("b")
+    world.checkpoint(1)
+    assert world.work() == [["a", path, "b"], [("", 1, 0)]]
+
+
+def test_what_is_put_beside_a_checkpoint_goes_with_it() -> None:
+    world = World().launch()
+    world.asset("checkpoint/tokenizer.json")
+    world.checkpoint(1)
+    assert world.work() == [["checkpoint/tokenizer.json", ("", 1, 0)]]
+
+
+def test_facts_of_the_run_make_no_version_of_their_own() -> None:
+    """The last that are there go with whatever is next."""
+    world = World().launch()
+    for _ in range(3):
+        world.asset(".mandapa/run.json", reserved=True)
+    world.checkpoint(1)
+    assert world.work() == [[("", 1, 0)]]
+    assert len(world.batches[0].entries) == 5
 
 
 def test_other_artifacts_come_first() -> None:

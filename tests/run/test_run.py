@@ -255,6 +255,16 @@ def test_a_file_takes_the_place_of_a_folder_and_back(run: Run, shared: Lab) -> N
         assert {path: read(version, path) for path in version.assets if path.startswith("way")} == {at: data}
 
 
+def test_a_folder_of_several_takes_the_place_of_a_file(run: Run, shared: Lab) -> None:
+    assert run.log_bytes("spot", b"file").wait()
+    for at in ("spot/a", "spot/deep/b", "spot/deep/c"):
+        handle = run.log_bytes(at, at.encode())
+    assert handle.wait()
+    version = shared[str(handle.version)]
+    found = {path: read(version, path) for path in version.assets if path.startswith("spot")}
+    assert found == {at: at.encode() for at in ("spot/a", "spot/deep/b", "spot/deep/c")}
+
+
 def test_threads_may_log_at_once(run: Run, shared: Lab) -> None:
     """Eight of them, fifty assets each, and metrics between: nothing is lost or mixed up."""
     handles: dict[str, Handle] = {}
@@ -471,6 +481,25 @@ def test_a_version_has_its_own_checkpoint(trained: Lab, tmp_path: Path) -> None:
     last = trained["trained"]
     assert step_in(last, tmp_path) == 40
     assert last.number > versions[-1].number
+
+
+def test_what_is_put_beside_a_checkpoint_is_in_its_version(lab: Lab) -> None:
+    """And only there: the next checkpoint has the folder for itself. What is in its way is in the version before."""
+    with lab.run() as run:
+        run.log_bytes("checkpoint/tokenizer.json", b"{}")
+        run.save_checkpoint(state(1), step=1)
+        run.save_checkpoint(state(2), step=2)
+        run.log_bytes("checkpoint", b"in the way")
+        run.save_checkpoint(state(3), step=3)
+        run.log_bytes("checkpoint/state.safetensors/deep", b"too")
+    found = [[path for path in version.assets if path.startswith("checkpoint")] for version in lab.versions()]
+    assert found == [
+        ["checkpoint/state.safetensors", "checkpoint/tokenizer.json"],
+        ["checkpoint/state.safetensors"],
+        ["checkpoint"],
+        ["checkpoint/state.safetensors"],
+        ["checkpoint/state.safetensors/deep"],
+    ]
 
 
 def test_message_and_metadata_of_a_checkpoint(trained: Lab) -> None:

@@ -136,8 +136,11 @@ def next_batch(
         if not _lacking(feed, attempt, group, over, waited):
             parts = {rank: entry.n for rank, entry in group}
             before = [(rank, entry) for rank, entry in rest if entry.n < parts.get(rank, entry.n + 1)]
-            first = _without_twins(before)
-            return Batch("folder", attempt, first if len(first) < len(before) else [*before, *group])
+            whole = [*before, *group]
+            kept = len(_without_twins(whole))
+            if before and kept < len(whole):
+                whole = whole[: min(kept, len(before))]  # never a part of the checkpoint without the others
+            return Batch("folder", attempt, whole)
     if rest and (urgent or over or any(isinstance(entry, CommitEntry | EndEntry) for _, entry in rest)):
         return Batch("folder", attempt, _without_twins(rest))
     if groups and over:
@@ -197,20 +200,23 @@ def _without_twins(handed: Sequence[Handed]) -> list[Handed]:
     seen: dict[str, str] = {}  # path -> the file that grows there; empty: none does
     folders: set[str] = set()
     for at, (_, entry) in enumerate(handed):
-        if isinstance(entry, AssetEntry):
-            if entry.reserved:
-                continue  # facts of the run, which are ours: the last are the ones that count
-            path, grows = entry.file.path, entry.file.source if entry.grows else ""
-        elif isinstance(entry, UrlEntry):
-            path, grows = entry.path, ""
-        else:
-            continue
-        above = _above(path)
-        if (path in seen and not (grows and seen[path] == grows)) or path in folders or not above.isdisjoint(seen):
-            return list(handed[:at])
-        seen[path] = grows
-        folders |= above
+        for path, grows in _places(entry):
+            above = _above(path)
+            if (path in seen and not (grows and seen[path] == grows)) or path in folders or not above.isdisjoint(seen):
+                return list(handed[:at])
+            seen[path] = grows
+            folders |= above
     return list(handed)
+
+
+def _places(entry: Entry) -> list[tuple[str, str]]:
+    """The paths of an entry in the version, and of one that grows its file."""
+    if isinstance(entry, AssetEntry):
+        # Facts of the run are ours: the last are the ones that count.
+        return [] if entry.reserved else [(entry.file.path, entry.file.source if entry.grows else "")]
+    if isinstance(entry, UrlEntry):
+        return [(entry.path, "")]
+    return [(file.path, "") for file in entry.files] if isinstance(entry, CheckpointEntry) else []
 
 
 def _above(path: str) -> set[str]:

@@ -423,24 +423,26 @@ class Committer:
     ) -> None:
         """Put the entries into a transaction; with ``standing``, the base's files, clear the way for each."""
         grown = {entry.file.path: entry for entry in entries if isinstance(entry, AssetEntry) and entry.grows}
+        parts = [entry for entry in entries if isinstance(entry, CheckpointEntry)]
+        # All that goes does so before anything is put: nothing of what is new is taken away again.
+        if standing is not None:
+            for entry in entries:
+                if isinstance(entry, AssetEntry | UrlEntry):
+                    _clear(txn, entry.file.path if isinstance(entry, AssetEntry) else entry.path, standing)
+        if parts:
+            for folder in (INCOMPLETE,) if incomplete else (INCOMPLETE, CHECKPOINT):
+                with suppress(NotFoundError):
+                    txn.remove(folder)
         for entry in entries:
             if isinstance(entry, UrlEntry):
-                _clear(txn, entry.path, standing)
                 txn.add_url(entry.path, entry.url, size=entry.size, checksum=entry.checksum)
             elif isinstance(entry, AssetEntry) and grown.get(entry.file.path, entry) is entry:
-                _clear(txn, entry.file.path, standing)
                 self._put(txn, entry)
-        parts = [entry for entry in entries if isinstance(entry, CheckpointEntry)]
-        if not parts:
-            return
-        for folder in (INCOMPLETE,) if incomplete else (INCOMPLETE, CHECKPOINT):
-            with suppress(NotFoundError):
-                txn.remove(folder)
-        for entry in parts:
-            for file in entry.files:
+        for part in parts:
+            for file in part.files:
                 path = file.path
                 if incomplete:
-                    path = f"{INCOMPLETE}/step-{entry.step}{path.removeprefix(CHECKPOINT)}"
+                    path = f"{INCOMPLETE}/step-{part.step}{path.removeprefix(CHECKPOINT)}"
                 txn.add(self._directory.source(file.source), at=path)
 
     def _put(self, txn: Transaction, entry: AssetEntry) -> None:
@@ -544,16 +546,12 @@ def _has(source: str, size: int, *, or_more: bool = False) -> bool:
     return found >= size if or_more else found == size
 
 
-def _clear(txn: Transaction, path: str, standing: Container[str] | None) -> None:
+def _clear(txn: Transaction, path: str, standing: Container[str]) -> None:
     """Take away the file that stands where a folder of ``path`` has to be, and what stands below ``path``."""
-    if standing is None:
-        return
-    for above in sorted(folders_of([path])):
-        if above in standing:
-            txn.remove(above)
-    if path not in standing:
+    gone = [above for above in sorted(folders_of([path])) if above in standing]
+    for place in gone if path in standing else [*gone, path]:
         with suppress(NotFoundError):
-            txn.remove(path)
+            txn.remove(place)
 
 
 def _check_writing(repo: Repository) -> None:

@@ -47,6 +47,8 @@ __all__ = ["Run"]
 ACCESS_PATIENCE = 10.0
 """Seconds until a store must have answered before training starts."""
 
+_FOREVER = 1e9  # seconds
+
 _open_runs: dict[tuple[str, int], Run] = {}
 
 
@@ -157,7 +159,8 @@ class Run:
         uploader: UploaderProcess | None = None
         known: dict[str, Any] = {}
         if self._backends:
-            limits = {"linger": self._limits.linger, "commit_every": self._limits.commit_every}
+            times = {"linger": self._limits.linger, "commit_every": self._limits.commit_every}
+            limits = {name: min(seconds, _FOREVER) for name, seconds in times.items()}  # JSON knows no infinity
             config = {"backends": [value for _, value in self._backends.values()], "limits": limits}
             uploader = UploaderProcess(directory, msgspec.json.encode(config))
             known = uploader.begin(ACCESS_PATIENCE, self._backends.keys()).get("backends", {})

@@ -201,7 +201,8 @@ def test_a_checkpoint_is_what_it_was_when_it_was_saved(lab):
 # -- forks -------------------------------------------------------------------------------------------------------------
 
 
-def test_data_loader_with_forked_workers_beside_a_draining_run(lab):
+@pytest.mark.parametrize("epochs", [3, pytest.param(100, marks=pytest.mark.slow)])
+def test_data_loader_with_forked_workers_beside_a_draining_run(lab, epochs):
     """Workers fork while other threads log; they may print, and get a clear error at once when they log."""
     trainer = lab.python(
         """
@@ -243,7 +244,7 @@ def test_data_loader_with_forked_workers_beside_a_draining_run(lab):
         thread.start()
         waited = []
         with run:
-            for epoch in range(3):
+            for epoch in range(int(sys.argv[1])):
                 for number, batch in enumerate(DataLoader(Data(), batch_size=4, num_workers=2)):
                     waited += batch.tolist()
                     step = epoch * 4 + number + 1
@@ -251,14 +252,15 @@ def test_data_loader_with_forked_workers_beside_a_draining_run(lab):
             stop.set()
             thread.join()
         say("waited", len(waited), max(waited))
-        """
+        """,
+        epochs,
     )
-    out = lab.finish(trainer)
+    out = lab.finish(trainer, seconds=30 * epochs)
     count, longest = out.splitlines()[-1].removeprefix("waited ").split()
-    assert (int(count), out.count("item")) == (48, 48)
+    assert (int(count), out.count("item")) == (16 * epochs, 16 * epochs)
     assert float(longest) < 1
     versions = lab.versions()
-    assert [v.metadata["step"] for v in versions if "step" in v.metadata] == list(range(1, 13))
+    assert [v.metadata["step"] for v in versions if "step" in v.metadata] == list(range(1, 4 * epochs + 1))
     log = contents(versions[-1])["logs-rank0.txt"].decode()
     assert log.count("[stdout] waited") == 0  # that came after the end
     assert "[stdout] item" not in log  # what a child prints is not the run's
@@ -332,6 +334,40 @@ def test_a_gibibyte_is_committed_with_a_quarter_of_its_size_of_memory(lab, large
             for one in (stored, file):
                 one.seek(-1000, os.SEEK_END)
             assert stored.read() == file.read()
+
+
+@pytest.mark.slow
+def test_a_gibibyte_of_torch_checkpoints_is_committed_with_little_memory(lab, large, monkeypatch):
+    """Several, one after the other, of a state that was written by torch, with nothing but an uploader's limits."""
+    with tempfile.TemporaryDirectory(dir=large[0].parent) as folder, serve() as server:
+        monkeypatch.setenv("LAB_RUNS", f"{folder}/runs")
+        monkeypatch.setenv("LAB_URL", server.url)
+        trainer = lab.python(
+            """
+            import torch
+            run = Run("net", loggers=[logger(), CheckpointSaver(keep_local=3)], dir=RUNS)
+            os.kill(json.load(open(f"{run.dir}/.run/status.json"))["pid"], signal.SIGSTOP)
+            model = {f"layer.{n}": torch.randn(16 << 20) for n in range(16)}
+            for step in (1, 2, 3):
+                model[f"layer.{step}"] *= 0.99
+                run.save_checkpoint({"model": model, "step": step}, step=step)
+            say(json.load(open(f"{run.dir}/.run/status.json"))["pid"])
+            os.kill(os.getpid(), signal.SIGKILL)
+            """
+        )
+        os.kill(int(lab.finish(trainer, -signal.SIGKILL)), signal.SIGKILL)
+        limited = ["sh", "-c", 'ulimit -d 262144 && exec "$@"', "sh", sys.executable]
+        words = ["-m", "mandapa.cli", "sync", f"{folder}/runs"]
+        lab.finish(lab.start(*limited, *words, stdin=subprocess.DEVNULL), seconds=300)
+        versions = Repository(server.s3(lab.bucket)).artifact("net").versions()
+        found = {v.metadata["step"]: v.assets["checkpoint/state.pt"].digest for v in versions if "step" in v.metadata}
+        for step in (1, 2, 3):
+            digest = Hasher()
+            with open(f"{folder}/runs/net/checkpoints/step-{step}/state.pt", "rb") as file:
+                while data := file.read(1 << 24):
+                    digest.update(data)
+            assert found.pop(step) == digest.hexdigest()
+        assert not found
 
 
 # -- stores of one's own -----------------------------------------------------------------------------------------------

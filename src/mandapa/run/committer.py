@@ -53,7 +53,7 @@ CHECKPOINT = "checkpoint"
 INCOMPLETE = "incomplete-checkpoint"
 """The folder for the parts of a checkpoint whose other parts were never handed over."""
 
-_IDLE = 0.25  # seconds between looks when nothing happens
+_IDLE = 1.0  # seconds between looks when nothing happens; what happens is told at once
 _PAUSE_FIRST, _PAUSE_MOST = 0.5, 60.0  # seconds after a failure
 _TEXT_MAX = 64 << 10
 _USED_MAX = 100  # addresses that a record names, the newest: with the longest names they leave room for the rest
@@ -155,15 +155,12 @@ class Committer:
         """Work until the uploader stops; whatever fails is tried again, after longer and longer pauses."""
         while not self._hub.stopping:
             try:
-                worked = self._step()
+                self._step(_IDLE)
             except Exception as error:  # noqa: BLE001 - nothing may end this thread: bytes would wait for ever
                 self._fail(error)
-            else:
-                if not worked:
-                    with self._hub.changed:
-                        self._hub.changed.wait(_IDLE)
 
-    def _step(self) -> bool:
+    def _step(self, patience: float = 0.0) -> bool:
+        """Do the next thing; when there is none, wait until something happens, ``patience`` seconds at most."""
         if self._repo is None:
             self._open()
         if self._started is not None:
@@ -173,8 +170,10 @@ class Committer:
             return True
         with self._hub.changed:
             batch = self._next()
-        if batch is None:
-            return False
+            if batch is None:
+                if not (self._hub.stopping or self._hub.newest_first):
+                    self._hub.changed.wait(patience)  # in the hold in which it looked: nothing comes unheard in between
+                return False
         self._begin(batch)
         return True
 

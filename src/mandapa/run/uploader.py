@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -47,6 +47,8 @@ __all__ = ["Uploader", "main", "saved_backends"]
 _TICK = 0.05  # seconds between looks at the journals
 _LIVENESS = 0.2
 _STATUS = 0.2
+_SYNC = 0.5  # seconds between two rounds of fsync, which hold up whoever makes files on the same disk
+_NICE = 10
 _LOG_MAX = 4 << 20
 
 
@@ -116,8 +118,11 @@ class Uploader:
         """The machine is about to go: the newest checkpoint first, then the rest, then the end. For signal handlers."""
         self._ending = True
 
-    def run(self) -> bool:
-        """Work until there is nothing left to do; whether everything is committed then."""
+    def run(self, on_opened: Callable[[], None] = lambda: None) -> bool:
+        """Work until there is nothing left to do; whether everything is committed then.
+
+        ``on_opened`` is called once each store has answered, or failed.
+        """
         live = self._living()
         self._poll()
         self._set_living(live)
@@ -131,7 +136,7 @@ class Uploader:
         syncer = threading.Thread(target=self._sync, name="mandapa-sync", daemon=True)
         syncer.start()
         looked = last_alive = time.monotonic()
-        drained = False
+        drained = opened = False
         lock = self._directory.uploader_lock()
         while True:
             time.sleep(_TICK)
@@ -169,6 +174,9 @@ class Uploader:
                 with self._hub.changed:
                     self._hub.urgent = False
             self._write_status()
+            if not opened and all(c.report["state"] != "opening" for c in self.committers.values()):
+                opened = True
+                on_opened()
             if any(self._hub.feed.live.values()):
                 last_alive = now
             if self._is_over(drained, now - last_alive):
@@ -204,10 +212,7 @@ class Uploader:
         """Read what is new in the journals."""
         new = False
         now = time.monotonic()
-        for rank in self._directory.ranks():
-            reader = self._readers.get(rank)
-            if reader is None:
-                reader = self._readers[rank] = JournalReader(self._directory.journal(rank), ENTRIES)
+        for rank, reader in self._readers.items():
             damaged = reader.damaged
             for entry in reader.new():
                 new = True
@@ -228,8 +233,11 @@ class Uploader:
         self._unsynced.append((rank, entry))
 
     def _living(self) -> dict[int, bool]:
-        """Which ranks have a live trainer."""
-        return {rank: self._directory.rank_lock(rank).held() for rank in self._directory.ranks()}
+        """Which ranks there are, and whether each has a live trainer."""
+        ranks = self._directory.ranks()
+        for rank in set(ranks) - self._readers.keys():
+            self._readers[rank] = JournalReader(self._directory.journal(rank), ENTRIES)
+        return {rank: self._directory.rank_lock(rank).held() for rank in ranks}
 
     def _set_living(self, live: dict[int, bool]) -> bool:
         """Take that in; whether it changed."""
@@ -251,7 +259,10 @@ class Uploader:
     def _sync(self) -> None:
         """Bring what was handed over onto the disk, again and again: a second later the machine may restart."""
         while not self._hub.stopping:
+            time.sleep(_SYNC)
             with self._hub.changed:
+                while not self._unsynced and not self._hub.stopping:
+                    self._hub.changed.wait()
                 waiting, self._unsynced = self._unsynced, []
             ranks = {}
             for rank, entry in waiting:
@@ -267,7 +278,6 @@ class Uploader:
             for rank, n in ranks.items():
                 _fsync(self._directory.journal(rank))
                 self._durable[rank] = n
-            time.sleep(_TICK)
 
     # -- letting go ---------------------------------------------------------------------------------------------------
 
@@ -310,9 +320,11 @@ class Uploader:
     # -- telling ------------------------------------------------------------------------------------------------------
 
     def _write_status(self, *, last: bool = False) -> None:
-        """Replace ``status.json`` when it says something new, a few times a second at most."""
+        """Replace ``status.json`` when it says something new: at once of a store's state, else a few times a second."""
         now = time.monotonic()
-        if now - self._status_at < _STATUS and not last and self._status:
+        states = [committer.report["state"] for committer in self.committers.values()]
+        told = [backend["state"] for backend in self._status.get("backends", {}).values()]
+        if now - self._status_at < _STATUS and states == told and not last:
             return
         backends = {}
         with self._hub.changed:
@@ -379,12 +391,18 @@ def _configured(directory: RunDirectory, config: bytes) -> dict[str, BackendSpec
     return specs
 
 
+def _step_back() -> None:
+    """Take of the CPU what training leaves: Linux may share it out among sessions first, and nice counts within one."""
+    with suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as file:
+        file.write(str(_NICE))
+
+
 def main(arguments: list[str]) -> int:
     """Run as a program; 0: everything is committed, 1: not, 3: another uploader is at work."""
     (path,) = arguments
     config = b"" if sys.stdin is None else sys.stdin.buffer.read()
     with suppress(OSError):
-        os.nice(10)
+        os.nice(_NICE)
     try:
         directory = RunDirectory(path)
         lock = directory.uploader_lock()
@@ -399,7 +417,7 @@ def main(arguments: list[str]) -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: uploader.end_soon())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    drained = uploader.run()
+    drained = uploader.run(_step_back)  # training waits for the stores' first answers, and begins now
     # Threads may hang in a store that never answers.
     os._exit(0 if drained else 1)
 

@@ -60,7 +60,7 @@ class ObjectStoreLogger(BackendLogger):
         try:
             fields = {name for _, name, _, _ in string.Formatter().parse(self._artifact) if name is not None}
             artifact = self._artifact.format(run_name=run_name)
-        except (KeyError, ValueError, IndexError):
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
             fields = {"?"}
         if not fields <= {"run_name"}:
             raise InvalidInputError(

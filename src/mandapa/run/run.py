@@ -385,6 +385,8 @@ class Run:
             check_name(name)
             facts = clean_metadata(metadata)
             source = os.fspath(path)
+            if take not in ("copy", "move", "link"):
+                raise InvalidInputError(f"take={take!r}: use 'copy', 'move' or 'link'")
             labels = [check_label(alias) for alias in ([aliases] if isinstance(aliases, str) else aliases)]
             if any(value["artifact"].lower() == name.lower() for _, value in self._backends.values()):
                 raise InvalidInputError(f"{name!r} is the artifact of the run itself: use log_asset, or another name")

@@ -73,6 +73,7 @@ class Outbox:
         self._attempt = 0  # none has begun
         self._beat = time.monotonic()
         self._waiting: dict[int, tuple[Sequence[str], int]] = {}  # number -> backends, bytes
+        self._waiting_bytes = 0
 
     def begin(self, attempt: int, **fields: Any) -> None:
         """Open it for an attempt; ``fields`` are those of its `BeginEntry`."""
@@ -116,6 +117,7 @@ class Outbox:
         n = self.append(kind, **fields)
         if keys:
             self._waiting[n] = (keys, waits)
+            self._waiting_bytes += waits
         return Handle(self, n, keys)
 
     def file(self, place: str, source: str, keys: Sequence[str], take: Take) -> Handle:
@@ -190,7 +192,9 @@ class Outbox:
         if not self._staging.fits(size):
             return False
         limit = self._limits.staging_bytes
-        return limit is None or sum(waits for _, waits in self.waiting().values()) + size <= limit
+        if limit is not None and self._waiting_bytes + size > limit:
+            self.waiting()  # to look takes longer the more there is
+        return limit is None or self._waiting_bytes + size <= limit
 
     # -- following ----------------------------------------------------------------------------------------------------
 
@@ -202,12 +206,14 @@ class Outbox:
 
     def waiting(self) -> dict[int, tuple[Sequence[str], int]]:
         """What this process has handed over and some backend has not: number -> backends, bytes."""
-        for progress in self.progress.values():
-            progress.look()
-        for n, (keys, _) in list(self._waiting.items()):
-            if all((self.rank, n) in self.progress[key].done for key in keys):
-                self._waiting.pop(n, None)
-        return self._waiting
+        with self._lock:
+            for progress in self.progress.values():
+                progress.look()
+            for n, (keys, waits) in list(self._waiting.items()):
+                if all((self.rank, n) in self.progress[key].done for key in keys):
+                    del self._waiting[n]
+                    self._waiting_bytes -= waits
+            return self._waiting
 
     def has_committed(self, n: int, keys: Sequence[str]) -> bool:
         """Whether these backends have entry ``n``."""

@@ -284,7 +284,7 @@ class Outbox:
                 self.check_uploader()
                 if hopeless:
                     states = {b.get("state") for b in self.uploader_status().get("backends", {}).values()}
-                    failing = (failing or at) if states and states.isdisjoint(("ok", "opening")) else None
+                    failing = (failing or at) if states and "ok" not in states else None
                     if failing is not None and at - failing >= _HOPELESS:
                         return False
             time.sleep(_TICK)

@@ -20,11 +20,11 @@ import msgspec
 from mandapa.address import parse_address
 from mandapa.content.walk import walk
 from mandapa.errors import InvalidInputError, NotFoundError, StorageError
-from mandapa.format.strict import INT_MAX, check_label, check_name, check_path
+from mandapa.format.strict import check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.repository.urls import check_facts, check_url
-from mandapa.run.backend import key_of, public, value_of
-from mandapa.run.checkpoints import Checkpoint, CheckpointSaver, save_state
+from mandapa.run.backend import public
+from mandapa.run.checkpoints import Checkpoint, save_state
 from mandapa.run.committer import CHECKPOINT
 from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
@@ -33,7 +33,8 @@ from mandapa.run.hparams import diff, from_yaml, plain, to_yaml
 from mandapa.run.journal import ENTRIES, ArtifactEntry, CheckpointEntry, File, JournalReader, UrlEntry, UseEntry
 from mandapa.run.launch import join
 from mandapa.run.limits import Limits
-from mandapa.run.logger import BackendLogger, Logger, Take
+from mandapa.run.listeners import Listeners, check_metrics, check_step
+from mandapa.run.logger import Logger, Take
 from mandapa.run.outbox import Outbox, now
 from mandapa.run.process import UploaderProcess
 from mandapa.run.reader import error_from, fetch
@@ -106,22 +107,26 @@ class Run:
         self._closed = True  # until all is ready
         self._limits = limits or Limits()
         self._troubles = Troubles(strict=strict)
-        self._broken: set[int] = set()
         self._size_guess = 0
         self._inputs: list[str] = []
-        self._opened: list[Logger] = []
         self._hparams: dict[str, Any] = {}
         self.name = check_name(name)
         given = plain(hparams)
-        self._loggers = _check_loggers(loggers)
-        self._saver = next((one for one in self._loggers if isinstance(one, CheckpointSaver)), CheckpointSaver())
+        self._loggers = Listeners(loggers, self._troubles)
+        self._saver = self._loggers.saver
         self.rank, self.world_size, local_rank, self._local_world = ranks_from_environment(os.environ)
         if self.world_size > 1 and self._saver.every is not None and self._saver.every.seconds is not None:
             raise InvalidInputError("Every(seconds=) lets ranks disagree on when to save: use Every(steps=)")
         first = self.rank - local_rank
         together = self._local_world == self.world_size
         self._savers = list(range(first, first + self._local_world)) if together else [0]
-        self._backends = self._find_backends(first)
+        self._backends = self._loggers.backends(self.name)
+        if self._backends and first > 0:
+            self._backends = {}
+            self._troubles.warn(
+                "this machine does not have rank 0: the artifacts of a run on several machines are logged by the one "
+                "that has; what is handed over here stays here"
+            )
         self._directory = RunDirectory(os.path.join(os.fspath(dir), self.name), self.name)
         self.dir = self._directory.path
         _close_former(self.dir, self.rank)
@@ -133,26 +138,6 @@ class Run:
             raise
 
     # -- beginning ----------------------------------------------------------------------------------------------------
-
-    def _find_backends(self, first: int) -> dict[str, tuple[BackendLogger, dict[str, Any]]]:
-        """Key -> backend logger, and where it logs to; none on a machine that has not rank 0."""
-        found: dict[str, tuple[BackendLogger, dict[str, Any]]] = {}
-        for logger in self._loggers:
-            if isinstance(logger, BackendLogger):
-                spec = logger.spec(self.name)
-                check_name(spec.artifact)
-                key = key_of(spec)
-                if key in found:
-                    raise InvalidInputError(f"two backend loggers log to the artifact {spec.artifact!r} at one place")
-                found[key] = (logger, value_of(spec))
-        if found and first > 0:
-            self._troubles.warn(
-                "this machine does not have rank 0: the artifacts of a run on several machines are logged by the one "
-                "that "
-                "has; what is handed over here stays here"
-            )
-            return {}
-        return found
 
     def _begin(self, given: dict[str, Any], resume: str) -> None:
         directory = self._directory
@@ -200,18 +185,14 @@ class Run:
             self._saver.every.start(resumed.step)
         self._facts = self._gather(resumed)
         self._write_facts("running")
-        for logger in self._loggers:
-            self._call(logger, lambda logger: logger.open(self), raises=InvalidInputError)
-            self._opened.append(logger)
+        self._loggers.open(self)
         self.log_hparams(given)
         if resumed is not None and given and former is not None and (lines := diff(former, self._hparams)):
             self._troubles.warn(f"hyperparameters differ from those of the run so far: {'; '.join(lines[:20])}")
 
     def _abandon(self) -> None:
         """End what has begun, without waiting for anything."""
-        for logger in self._opened:
-            with suppress(Exception):  # there is an error already
-                logger.close()
+        self._loggers.abandon()
         self._closed = True
         atexit.unregister(self._at_exit)
         if _open_runs.get((self.dir, self.rank)) is self:
@@ -264,10 +245,9 @@ class Run:
             InvalidInputError: Not names and numbers, or no step.
         """
         with self._outbox.working():
-            numbers = {name: _number(name, value) for name, value in _mapping(metrics, "metrics").items()}
-            _check_step(step)
-            for logger in self._loggers:
-                self._call(logger, lambda logger: logger.log_metrics(numbers, step))
+            numbers = check_metrics(metrics)
+            check_step(step)
+            self._loggers.tell(lambda logger: logger.log_metrics(numbers, step))
 
     def log_hparams(self, hparams: Any) -> None:
         """Add hyperparameters; ``hparams.yaml`` has all of them, with secrets replaced by ``[redacted]``.
@@ -286,8 +266,7 @@ class Run:
             os.replace(temporary, os.path.join(self.dir, "hparams.yaml"))
             if keys := self._wanting("hparams.yaml"):
                 self._outbox.bytes("hparams.yaml", text, keys)
-            for logger in self._loggers:
-                self._call(logger, lambda logger: logger.log_hparams(self._hparams))
+            self._loggers.tell(lambda logger: logger.log_hparams(self._hparams))
 
     def log_asset(self, path: str | os.PathLike[str], at: str | None = None, *, take: Take = "copy") -> Handle:
         """Hand a file over, or each file of a folder; its bytes are owned when the call returns.
@@ -469,16 +448,16 @@ class Run:
             StorageError: It cannot be written; without ``strict=True`` only a full disk, by `Limits`, warns.
         """
         with self._outbox.working():
-            _check_step(step)
+            check_step(step)
             if epoch is not None:
-                _check_step(epoch, "epoch")
+                check_step(epoch, "epoch")
             facts = clean_metadata(metrics)
             clean_metadata({**facts, "step": step, "epoch": epoch})  # together they are the version's
             if self.rank not in self._savers:
                 raise InvalidInputError(
                     "parts of a checkpoint on several machines are not supported yet: save a whole state on rank 0 only"
                 )
-            self._flush_loggers()
+            self._loggers.tell(lambda logger: logger.flush())
             saver = self._saver
             name = self._file_name(step, epoch)
             path = self._checkpoint_path(step, name)
@@ -514,7 +493,7 @@ class Run:
     ) -> Handle | None:
         """`save_checkpoint` of ``make_state()`` when the saver's ``every`` says that one is due; None when not."""
         with self._outbox.working():
-            _check_step(step)
+            check_step(step)
             if self._saver.every is not None and not self._saver.every(step):
                 return None
             return self.save_checkpoint(make_state(), step=step, epoch=epoch, metrics=metrics)
@@ -566,7 +545,7 @@ class Run:
             StorageError: With ``strict=True``: a backend failed.
         """
         with self._outbox.working():
-            self._flush_loggers()
+            self._loggers.tell(lambda logger: logger.flush())
         return self._outbox.flush(timeout)
 
     def status(self) -> dict[str, Any]:
@@ -608,8 +587,7 @@ class Run:
         atexit.unregister(self._at_exit)
         _open_runs.pop((self.dir, self.rank), None)
         try:
-            for logger in self._loggers:
-                self._call(logger, lambda logger: logger.close())
+            self._loggers.tell(lambda logger: logger.close())
             with suppress(StorageError):  # a full disk, of which it has warned
                 self._write_facts(status)
             if not (done := self._outbox.end(status, timeout)):
@@ -632,38 +610,15 @@ class Run:
         clean = error is None or (isinstance(error, SystemExit) and not error.code)
         if error is not None and not clean and not self._closed and self._pid == os.getpid():
             text = "".join(traceback.format_exception(error))
-            for logger in self._loggers:
-                self._call(logger, lambda logger: logger.log_failure(text))
+            self._loggers.tell(lambda logger: logger.log_failure(text))
         self._close("finished" if clean else "failed", None)
 
     def _at_exit(self) -> None:
         self._close("failed" if getattr(sys, "last_value", None) is not None else "finished", None)
 
-    # -- loggers ------------------------------------------------------------------------------------------------------
-
     def _wanting(self, place: str) -> list[str]:
         """The backends that log the asset at that place."""
         return [key for key, (logger, _) in self._backends.items() if logger.wants(place)]
-
-    def _flush_loggers(self) -> None:
-        for logger in self._loggers:
-            self._call(logger, lambda logger: logger.flush())
-
-    def _call(
-        self, logger: Logger, hook: Callable[[Logger], None], *, raises: type[Exception] | tuple[()] = ()
-    ) -> None:
-        """Call a logger; one that fails is told of, and left alone from then on."""
-        if id(logger) in self._broken:
-            return
-        try:
-            hook(logger)
-        except raises:
-            raise
-        except Exception as error:
-            if self._troubles.strict:
-                raise
-            self._broken.add(id(logger))
-            self._troubles.warn(f"{type(logger).__name__} failed and is left alone from here on: {error!r}")
 
 
 def _close_former(folder: str, rank: int) -> None:
@@ -673,40 +628,3 @@ def _close_former(folder: str, rank: int) -> None:
         text = f"the run {former.name!r} was open in this process: it is closed first"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
         former.close()
-
-
-def _check_loggers(loggers: Any) -> list[Logger]:
-    one = isinstance(loggers, Logger | type) or not isinstance(loggers, Iterable)
-    found = [loggers] if one else list(loggers)
-    for logger in found:
-        if not isinstance(logger, Logger):
-            name = logger.__name__ if isinstance(logger, type) else type(logger).__name__
-            hint = f": write {name}(...)" if isinstance(logger, type) else ""
-            raise InvalidInputError(f"{name} is no logger of mandapa.loggers, nor a CheckpointSaver{hint}")
-    if sum(isinstance(logger, CheckpointSaver) for logger in found) > 1:
-        raise InvalidInputError("a run has one CheckpointSaver")
-    # What makes assets is told first, so that the backends get what it has handed over.
-    return sorted(found, key=lambda logger: isinstance(logger, BackendLogger))
-
-
-def _mapping(value: Any, what: str) -> Mapping[Any, Any]:
-    if not isinstance(value, Mapping):
-        raise InvalidInputError(f"{what} are a mapping of names to numbers, not {type(value).__name__}")
-    return value
-
-
-def _number(name: Any, value: Any) -> float:
-    if not isinstance(name, str):
-        raise InvalidInputError(f"metrics: the name {name!r} is not a string")
-    try:
-        if not isinstance(value, str | bytes):
-            # A tensor that requires a gradient warns when it is made a float, but not when it is asked for its item.
-            return float(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        pass
-    raise InvalidInputError(f"metrics[{name!r}] is not a number but a {type(value).__name__}")
-
-
-def _check_step(step: Any, what: str = "step") -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= INT_MAX:
-        raise InvalidInputError(f"{what}={step!r}: an integer, 0 or more")

@@ -154,9 +154,9 @@ def test_it_ends_when_it_is_not_needed(directory: RunDirectory, place: Path) -> 
     config = Config(place / "repo")
     pid = UploaderProcess(directory, config.bytes).begin(10, [config.key])["pid"]
     directory.rank_lock(0).release()
+    until(lambda: not directory.uploader_lock().held())
     until(lambda: gone(pid))
     assert not read_json(directory.status)["running"]
-    assert not directory.uploader_lock().held()
 
 
 @pytest.mark.parametrize("turn", [1, 2, 3, 6])

@@ -8,7 +8,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -476,6 +478,121 @@ def test_an_artifact_of_nothing_is_none(run: Run, tmp_path: Path) -> None:
 
 
 # -- without a backend -------------------------------------------------------------------------------------------------
+
+
+# -- full disks --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """A file system of 300 MB in memory, of which a run leaves 268 to others."""
+    disk = place / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300m,mode=0700", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=20)
+
+
+def fill(disk: Path) -> None:
+    """Leave not one block of it."""
+    fd = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+    try:
+        for size in (1 << 20, 4096):
+            with suppress(OSError):
+                while True:
+                    os.write(fd, bytes(size))
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("backend", [True, False], ids=["backend", "local"])
+def test_a_full_disk_never_ends_a_training(small_disk: Path, place: Path, tmp_path: Path, backend: bool) -> None:
+    """Each call warns, or has nothing to say; when there is room again, all goes on."""
+    (tmp_path / "file").write_bytes(b"x" * 10_000)
+    loggers: list[Logger] = [
+        CheckpointSaver(format="safetensors"),
+        FileLogger(capture_stdout=False, capture_stderr=False),
+    ]
+    loggers += [ObjectStoreLogger(place / "repo")] * backend
+    with Run("net", {"lr": 1}, loggers=loggers, dir=small_disk) as run:
+        first = run.log_bytes("first", b"1")
+        fill(small_disk)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for n in range(20):  # the journal's last block is soon full, too
+                run.log_metrics({"loss": n}, step=n)
+                run.log_hparams({"more": n})
+                run.log_url("data", "s3://a/b")
+                handles = [
+                    run.log_asset(tmp_path / "file", take=take)  # type: ignore[arg-type]
+                    for take in ("copy", "move", "link", "grow")
+                ]
+                handles += [run.log_bytes("b", b"x"), run.log_artifact("other", tmp_path / "file")]
+                handles.append(run.save_checkpoint({"w": np.zeros(100_000)}, step=n))
+                assert {handle.state for handle in handles} <= {"skipped", "local", "held", "durable", "committed"}
+                assert handles[-1].state == "skipped"
+                run.flush(0)
+                first.wait(0)
+                run.latest_checkpoint()
+        messages = {str(one.message) for one in told}
+        assert any("there is no room for state.safetensors" in message for message in messages)
+        assert any("there is no room for hparams.yaml" in message for message in messages)
+        assert len(messages) < 15, messages
+        os.unlink(small_disk / "filler")
+        (tmp_path / "file").write_bytes(b"y")
+        assert run.log_asset(tmp_path / "file").wait(20)
+        assert run.save_checkpoint({"w": np.zeros(10)}, step=30).wait(20)
+        run.log_hparams({"more": "room"})
+        assert b"more: room" in Path(run.dir, "hparams.yaml").read_bytes()
+    if backend:
+        version = mandapa.open(place / "repo")["net"]
+        assert (version.open("first").read(), version.open("file").read()) == (b"1", b"y")
+        assert "checkpoint/state.safetensors" in version.assets
+
+
+def test_a_journal_that_cannot_be_written_never_ends_a_training(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is said to be held that is not; strict runs raise."""
+    (tmp_path / "file").write_bytes(b"x")
+
+    def refuse(*given: Any, **options: Any) -> None:
+        raise StorageError("rank0.journal cannot be written: No space left on device", retryable=True)
+
+    for strict in (False, True):
+        saver = CheckpointSaver(format="safetensors")
+        run = Run("net", loggers=[ObjectStoreLogger(place / "repo"), saver], dir=place, strict=strict)
+        handle = run.log_bytes("before", b"x")
+        calls = [
+            lambda: run.log_asset(tmp_path / "file"),  # noqa: B023
+            lambda: run.log_bytes("b", b"x"),  # noqa: B023
+            lambda: run.log_url("c", "s3://a/b"),  # noqa: B023
+            lambda: run.log_artifact("other", tmp_path / "file"),  # noqa: B023
+            lambda: run.save_checkpoint({"n": 1}, step=1),  # noqa: B023
+            lambda: run.flush(),  # noqa: B023
+            lambda: handle.wait(0.1),  # noqa: B023
+        ]
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            patch.setattr("mandapa.run.journal.Journal.append", refuse)
+            for call in calls:
+                if strict:
+                    with pytest.raises(StorageError, match="No space left"):
+                        call()
+                else:
+                    assert getattr(call(), "state", "skipped") == "skipped"
+        assert (
+            [str(one.message) for one in told] == []
+            if strict
+            else ["rank0.journal cannot be written: No space left on device"]
+        )
+        assert run.flush(20)
+        run.close()
+    assert "before" in mandapa.open(place / "repo")["net"].assets
 
 
 def test_what_belongs_to_the_run_is_not_written_over(place: Path) -> None:

@@ -112,9 +112,23 @@ class Outbox:
         self._journal.append(kind(n=n, time=now(), attempt=self._attempt, **fields))
         return n
 
+    def try_append(self, kind: Callable[..., Entry], **fields: Any) -> int | None:
+        """The same; a full disk is a trouble, of which the training need not die: None then.
+
+        Raises:
+            StorageError: Where troubles raise.
+        """
+        try:
+            return self.append(kind, **fields)
+        except StorageError as error:
+            self._troubles.report(str(error))
+            return None
+
     def hand_over(self, keys: Sequence[str], waits: int, kind: Callable[..., Entry], **fields: Any) -> Handle:
         """Write a line for these backends; ``waits`` bytes of the disk are taken until they have it."""
-        n = self.append(kind, **fields)
+        n = self.try_append(kind, **fields)
+        if n is None:
+            return self.skipped()
         if keys:
             self._waiting[n] = (keys, waits)
             self._waiting_bytes += waits
@@ -237,14 +251,18 @@ class Outbox:
             return True
         if not self._closed:
             with self.working():
-                self.append(CommitEntry)
+                self.try_append(CommitEntry)
         return self._wait(lambda: self.has_committed(n, keys), timeout)
 
     def flush(self, timeout: float | None) -> bool:
         """Ask for a commit, and wait until every backend has everything; False after ``timeout`` seconds."""
         with self.working():
-            asked = self.append(CommitEntry)
-        return self._wait(lambda: self.has_committed(asked, self.keys) and not self.waiting(), timeout)
+            asked = self.try_append(CommitEntry)
+        if asked is None and timeout is None:
+            return False  # nobody was asked, and nobody may ever do it
+        return self._wait(
+            lambda: (asked is None or self.has_committed(asked, self.keys)) and not self.waiting(), timeout
+        )
 
     def end(self, status: str, timeout: float | None) -> bool:
         """The last line; wait as `flush`, without ``timeout`` as long as the limits say. Closes the journal."""

@@ -260,10 +260,7 @@ class Run:
             if self.rank or not self._hparams:
                 return
             text = to_yaml(self._hparams).encode()
-            temporary = os.path.join(self.dir, ".hparams.yaml.tmp")
-            with open(temporary, "wb") as file:
-                file.write(text)
-            os.replace(temporary, os.path.join(self.dir, "hparams.yaml"))
+            self._outbox.make_room("hparams.yaml", len(text), lambda: self._write_bytes("hparams.yaml", text))
             if keys := self._wanting("hparams.yaml"):
                 self._outbox.bytes("hparams.yaml", text, keys)
             self._loggers.tell(lambda logger: logger.log_hparams(self._hparams))
@@ -313,20 +310,31 @@ class Run:
                 raise InvalidInputError(f"log_bytes takes bytes, not {type(data).__name__}")
             keys = self._wanting(check_path(at))
             if not self._backends:
-                self._write_bytes(at, data)
+                self._check_free(at)
+                view = plain_view(data)
+                written = self._outbox.make_room(at, len(view), lambda: self._write_bytes(at, view))
+                return self._outbox.skipped() if written is None else self._outbox.local()
             return self._outbox.bytes(at, data, keys) if keys else self._outbox.local()
 
-    def _write_bytes(self, at: str, data: bytes | bytearray | memoryview) -> None:
-        """Into the run's directory, but for what belongs to the run itself there."""
-        if at.partition("/")[0] == os.path.basename(self._directory.inner):
-            raise InvalidInputError(f"{at!r}: the folder {os.path.basename(self._directory.inner)!r} is the run's own")
+    def _check_free(self, at: str) -> None:
+        inner = os.path.basename(self._directory.inner)
+        if at.partition("/")[0] == inner:
+            raise InvalidInputError(f"{at!r}: the folder {inner!r} is the run's own")
+
+    def _write_bytes(self, at: str, data: bytes | memoryview) -> int:
+        """Replace a file in the run's directory, whole or not at all; gives its bytes."""
         target = os.path.join(self.dir, at)
+        temporary = os.path.join(self._directory.inner, f"rank{self.rank}.tmp")
         try:
+            with open(temporary, "wb") as file:
+                file.write(data)
             os.makedirs(os.path.dirname(target), exist_ok=True)
-            with open(target, "wb") as file:
-                file.write(plain_view(data))
-        except OSError as error:
-            raise StorageError(f"{target} cannot be written: {error.strerror}") from error
+            os.replace(temporary, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        return len(data)
 
     def log_url(self, at: str, url: str, *, size: int | None = None, checksum: str = "") -> Handle:
         """Record a URL at a place in the run's folder; its bytes stay where they are and are not read.
@@ -421,7 +429,7 @@ class Run:
             target = os.path.join(self.dir, "inputs", name) if dest is None else os.fspath(dest)
             with one_at_a_time(self._directory):
                 found = fetch(value, address, os.path.abspath(target), only=patterns)
-            self._outbox.append(UseEntry, address=found["address"])
+            self._outbox.try_append(UseEntry, address=found["address"])
             self._inputs.append(found["address"])
             return target
 

@@ -12,7 +12,7 @@ import click
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size
-from mandapa.errors import AccessDeniedError, MandapaError, StorageError
+from mandapa.errors import AccessDeniedError, ConflictError, MandapaError, StorageError
 
 if TYPE_CHECKING:
     from mandapa.run.directory import RunDirectory
@@ -148,6 +148,9 @@ def _failure(run: RunDirectory, found: RunStatus) -> MandapaError:
         if backend.pending and error:
             hint = _hint(backend) if error.get("type") == AccessDeniedError.__name__ else ""
             return error_from(str(error.get("type")), f"{found.run}: {error.get('message')}{hint}")
+    for backend in found.backends:
+        if backend.pending and (refused := told.get(backend.key, {}).get("refused")):
+            return ConflictError(f"{found.run}: {refused.get('message')}")
     return StorageError(f"{found.run}: not all is committed yet; call 'mandapa sync {_near(found.path)}' again")
 
 

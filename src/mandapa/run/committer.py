@@ -16,6 +16,7 @@ import msgspec
 from mandapa.errors import (
     AccessDeniedError,
     AlreadyExistsError,
+    ConflictError,
     InvalidInputError,
     MandapaError,
     NotFoundError,
@@ -41,6 +42,7 @@ from mandapa.run.journal import (
     Intervals,
     Journal,
     Made,
+    Refused,
     Started,
     UrlEntry,
 )
@@ -112,6 +114,8 @@ class Committer:
         self._journal = Journal(directory.outcomes(key), OUTCOMES)
         self._repo: Repository | None = None
         self._failures = 0
+        self.refused: set[tuple[int, int]] = set()
+        """(rank, number) of versions of other artifacts that the repository would not have."""
         self._started: Started | None = None
         self._ahead: list[tuple[int, int]] = []  # the parts of the checkpoint that was last committed out of turn
         self.done = Intervals()
@@ -124,11 +128,13 @@ class Committer:
             self._fold(line)
         self._journal.found.clear()
 
-    def _fold(self, line: Started | Made) -> None:
+    def _fold(self, line: Started | Made | Refused) -> None:
         if isinstance(line, Started):
             self._started = line
             return
         started, self._started = self._started, None
+        if isinstance(line, Refused):
+            return
         if line.version:
             self.report["committed"] = line.version
         if started is None or started.txn != line.txn or started.early:
@@ -178,18 +184,18 @@ class Committer:
         return True
 
     def _next(self) -> Batch | None:
-        feed, hub = self._hub.feed, self._hub
+        feed, hub, handled = self._hub.feed, self._hub, self._handled()
         oldest = max(
             (
                 hub.waited(rank, entry.n)
                 for rank, entries in feed.entries.items()
                 for entry in entries
-                if waits(feed, self.key, self.done, rank, entry)
+                if waits(feed, self.key, handled, rank, entry)
             ),
             default=0.0,
         )
         urgent = hub.urgent or oldest >= self._commit_every
-        return next_batch(feed, self.key, self.done, urgent=urgent, waited=hub.waited)
+        return next_batch(feed, self.key, handled, urgent=urgent, waited=hub.waited)
 
     def pending(self) -> tuple[int, int]:
         """How many things wait, and their bytes. Call it under the hub's condition."""
@@ -245,6 +251,9 @@ class Committer:
     def _look(self, repo: Repository) -> dict[str, Any]:
         """What the store knows of the run, for a trainer that starts."""
         artifact = Artifact(repo, self._spec.artifact)
+        for other in repo.artifacts():
+            if other.name != artifact.name and other.name.lower() == artifact.name.lower():
+                raise ConflictError(f"{repo.url} has an artifact {other.name!r}; names differ by more than case")
         try:
             own = {version.number: version for version in artifact.versions() if version.run == self._directory.name}
         except NotFoundError:
@@ -317,7 +326,13 @@ class Committer:
         if started.attempt > self._attempt and began is not None and self.key in began.base:
             base = began.base[self.key]
         handed = [(rank, entry) for rank, entry in handed if self.key not in getattr(entry, "skip", ())]
-        version, number = self._commit(started, handed, base, used)
+        try:
+            version, number = self._commit(started, handed, base, used)
+        except (ConflictError, InvalidInputError) as error:
+            if started.folder:
+                raise
+            self._refuse(started, str(error))
+            return
         made = Made(n=self._journal.last + 1, txn=started.txn, version=version, number=number)
         self._journal.append(made, durable=True)
         self._fold(made)
@@ -327,11 +342,28 @@ class Committer:
         with self._hub.changed:
             self._hub.changed.notify_all()
 
+    def _refuse(self, started: Started, reason: str) -> None:
+        """Go on without a version of another artifact that cannot be made as things are; its bytes stay."""
+        refused = Refused(n=self._journal.last + 1, txn=started.txn, reason=reason[:1000])
+        self._journal.append(refused, durable=True)
+        self._fold(refused)
+        self.refused.update((int(rank), first) for rank, found in started.batch.items() for first, _ in found)
+        self._tell(reason)
+        self.report = {**self.report, "refused": {"count": len(self.refused), "message": reason}}
+
+    def _handled(self) -> Intervals:
+        """What is not to be looked at again by this uploader: what is done, and what was refused."""
+        if not self.refused:
+            return self.done
+        handled = Intervals(self.refused)
+        handled.add(self.done.stretches())
+        return handled
+
     def _early(self) -> bool:
         """On a machine that goes away: the newest checkpoint, before what waits in front of it."""
         with self._hub.changed:
             feed, done = self._hub.feed, Intervals()
-            done.add(self.done.stretches())
+            done.add(self._handled().stretches())
             batches: list[Batch] = []
             while (batch := next_batch(feed, self.key, done, urgent=True, waited=self._hub.waited)) is not None:
                 batches.append(batch)

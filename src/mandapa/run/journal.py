@@ -31,6 +31,7 @@ __all__ = [
     "JournalReader",
     "Made",
     "Outcome",
+    "Refused",
     "Started",
     "UrlEntry",
     "UseEntry",
@@ -175,8 +176,15 @@ class Made(Outcome, frozen=True, kw_only=True, tag="made"):
 
 _T = TypeVar("_T", bound=msgspec.Struct)
 
+
+class Refused(Outcome, frozen=True, kw_only=True, tag="refused"):
+    """The repository will not have it as it is: it is tried again by the next uploader, and holds up nothing."""
+
+    reason: str
+
+
 ENTRIES = msgspec.json.Decoder(Any_)
-OUTCOMES = msgspec.json.Decoder(Started | Made)
+OUTCOMES = msgspec.json.Decoder(Started | Made | Refused)
 
 
 class JournalReader(Generic[_T]):

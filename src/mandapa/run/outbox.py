@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -301,8 +301,8 @@ class Outbox:
             if at - self._beat >= _HEARTBEAT:
                 self.check_uploader()
                 if hopeless:
-                    states = {b.get("state") for b in self.uploader_status().get("backends", {}).values()}
-                    failing = (failing or at) if states and "ok" not in states else None
+                    backends = self.uploader_status().get("backends", {}).values()
+                    failing = (failing or at) if backends and not any(map(_hopeful, backends)) else None
                     if failing is not None and at - failing >= _HOPELESS:
                         return False
             time.sleep(_TICK)
@@ -329,7 +329,8 @@ class Outbox:
             self._troubles.report(str(error))
         backends = self.uploader_status().get("backends", {})
         for backend in [backends[key] for key in self.keys if key in backends]:
-            said = [backend.get("error", {}).get("message"), backend.get("strangers"), *backend.get("lost", ())]
+            said = [backend.get(what, {}).get("message") for what in ("error", "refused")]
+            said += [backend.get("strangers"), *backend.get("lost", ())]
             for message in filter(None, said):
                 self._troubles.report(f"{message} (training goes on, and what was handed over is kept)")
 
@@ -337,6 +338,12 @@ class Outbox:
 def now() -> str:
     """The time of an entry."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _hopeful(backend: Mapping[str, Any]) -> bool:
+    """Whether a backend, as the uploader tells of it, may still commit something."""
+    refused = backend.get("refused", {}).get("count", 0)
+    return backend.get("state") == "ok" and not (refused and backend.get("pending", 0) <= refused)
 
 
 def _is_full(error: Exception) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mandapa.run.directory import RunDirectory
-from mandapa.run.journal import OUTCOMES, Intervals, JournalReader, Made, Started
+from mandapa.run.journal import OUTCOMES, Intervals, JournalReader, Made, Refused, Started
 
 __all__ = ["Progress"]
 
@@ -12,7 +12,7 @@ class Progress:
     """What one backend has committed. For one thread at a time."""
 
     def __init__(self, directory: RunDirectory, key: str) -> None:
-        self._reader: JournalReader[Started | Made] = JournalReader(directory.outcomes(key), OUTCOMES)
+        self._reader: JournalReader[Started | Made | Refused] = JournalReader(directory.outcomes(key), OUTCOMES)
         self._started: Started | None = None
         self._versions: list[tuple[Intervals, str]] = []
         self.done = Intervals()
@@ -28,6 +28,8 @@ class Progress:
                 self._started = line
                 continue
             started, self._started = self._started, None
+            if isinstance(line, Refused):
+                continue
             if started is None or started.txn != line.txn or started.early:
                 continue
             batch = Intervals()

@@ -196,12 +196,13 @@ class Uploader:
             committer.stop(0.2)
 
     def _is_over(self, drained: bool, alone: float) -> bool:
+        stuck = all(self._counts[c.key][0] <= len(c.refused) for c in self.committers.values())
         if self._once:
-            failed = all(c.report["state"] not in ("opening", "ok") for c in self._waiting())
-            return drained or failed
+            waiting = [c for c in self._waiting() if not c.refused or self._counts[c.key][0] > len(c.refused)]
+            return drained or all(c.report["state"] not in ("opening", "ok") for c in waiting)
         if self._hurrying and all(c.failures > self._failures[c.key] for c in self._waiting()):
             return True  # there is nothing left to do, or nothing that can be done before the machine is gone
-        return not any(self._hub.feed.live.values()) and (drained or alone >= self._linger)
+        return not any(self._hub.feed.live.values()) and (drained or stuck or alone >= self._linger)
 
     def _waiting(self) -> list[Committer]:
         return [c for c in self.committers.values() if self._counts[c.key][0] or c.report["state"] == "opening"]

@@ -241,6 +241,11 @@ def test_a_folder_is_owned(own: Staging, directory: RunDirectory, tmp_path: Path
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
     assert len(staged(directory)) == 1
     assert (tmp_path / "out/c.txt").read_bytes() == b"ccc", "what is outside of the folder is not taken away"
+    if way != "link":
+        with (tmp_path / "out/c.txt").open("r+b") as file:
+            file.write(b"CCC")
+        assert contents(path) == FILES, "and goes on being somebody else's"
+        (tmp_path / "out/c.txt").write_bytes(b"ccc")
     left = {"all/c.txt": b"ccc"} if way == "move" else FILES
     assert {
         str(p.relative_to(source)): p.read_bytes() for p in [*source.rglob("*"), source / "all/c.txt"] if p.is_file()

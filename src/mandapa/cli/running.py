@@ -51,7 +51,7 @@ def status(session: Session, directory: str) -> int:
 @common
 @pass_session
 def sync(session: Session, directory: str, timeout: float | None) -> None:
-    """Commit what runs of this machine have handed over and could not commit. DIR is as for 'status'.
+    """Commit what runs on this machine have left. DIR is as for 'status'.
 
     Credentials come from where the cloud's own tools take them: those that a script passed are written nowhere. Can be
     stopped at any moment and called again.

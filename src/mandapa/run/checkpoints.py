@@ -206,7 +206,9 @@ def save_state(state: Any, path: str, format_: str, scratch: str = "") -> int:
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # in the system's words where it fails
     try:
         if format_ == "safetensors":
+            os.unlink(temporary)  # a file that was truncated, ext4 begins to write out when it is closed
             _save_safetensors(state, temporary)
+            os.chmod(temporary, 0o600)
         else:
             _save_torch(state, temporary)
         os.replace(temporary, path)
@@ -240,7 +242,8 @@ def _is_safetensors(path: str) -> bool:
 def _save_torch(state: Any, path: str) -> None:
     torch = _torch()
     try:
-        torch.save(state, path)
+        with open(path, "r+b") as file:  # not by name, which would truncate it, and would be in its bytes
+            torch.save(state, file)
     except (AttributeError, TypeError, PicklingError, RecursionError) as error:
         raise InvalidInputError(f"format='torch' cannot hold {_stranger(state) or f'the state ({error})'}") from error
     except RuntimeError as error:

@@ -665,3 +665,16 @@ def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, both: str, room: in
 def test_a_folder_that_is_not_there_is_an_error_of_the_disk(tmp_path: Path, both: str) -> None:
     with pytest.raises(OSError):
         save_state({"a": 1}, str(tmp_path / "no/where.pt"), both)
+
+
+def test_equal_states_have_equal_bytes(tmp_path: Path) -> None:
+    """The name of the file is not in them, nor that of the file that it was for a while: nothing is stored twice."""
+    for name in ("one", "another"):
+        save_state({"a": torch.arange(1000), "b": [1, 2.5]}, str(tmp_path / name), "torch")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "another").read_bytes()
+
+
+def test_only_the_user_may_read_a_checkpoint(tmp_path: Path, both: str) -> None:
+    """Whatever the umask is, and whoever wrote the file."""
+    save_state({"a": torch.arange(10)}, str(tmp_path / "state"), both)
+    assert (tmp_path / "state").stat().st_mode & 0o777 == 0o600

@@ -35,6 +35,7 @@ from mandapa.run.journal import (
     Entry,
     Intervals,
     JournalReader,
+    UrlEntry,
     UseEntry,
 )
 from mandapa.run.logger import BackendSpec
@@ -84,6 +85,7 @@ class Uploader:
         self._readers: dict[int, JournalReader[Any]] = {}
         self._durable: dict[int, int] = {}
         self._unsynced: list[tuple[int, Entry]] = []
+        self._unnoticed = False  # there are entries that call for no commit, and were not counted yet
         self._retired: dict[int, list[CheckpointEntry]] = {}
         self._counts: dict[str, tuple[int, int]] = {}
         self._seen_done: list[Intervals] = []
@@ -149,6 +151,8 @@ class Uploader:
             # Before the journals: who is not alive then has written nothing that is not read now.
             live = self._living() if look else live
             changed = self._poll()
+            if self._unnoticed and (look or self._once or self._ending):
+                changed = True  # what thousands that wait cost is not paid for each that comes
             if look:
                 looked = now
                 changed |= self._set_living(live)
@@ -165,6 +169,7 @@ class Uploader:
                     self._hub.urgent = self._hub.newest_first = True
                     self._hub.asked += 1
             if changed:
+                self._unnoticed = False
                 with self._hub.changed:
                     self._hub.changed.notify_all()
             if changed or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True)):
@@ -210,18 +215,19 @@ class Uploader:
     # -- the journals -------------------------------------------------------------------------------------------------
 
     def _poll(self) -> bool:
-        """Read what is new in the journals."""
-        new = False
+        """Read what is new in the journals; whether there is anything that may call for a commit."""
+        calls = False
         now = time.monotonic()
         for rank, reader in self._readers.items():
             damaged = reader.damaged
             for entry in reader.new():
-                new = True
+                calls |= not isinstance(entry, AssetEntry | UrlEntry | UseEntry)
+                self._unnoticed = True
                 with self._hub.changed:
                     self._take(rank, entry, now)
             if reader.damaged > damaged:
                 self.tell(f"{reader.path}: {reader.damaged - damaged} lines are damaged and were left out")
-        return new
+        return calls
 
     def _take(self, rank: int, entry: Entry, now: float) -> None:
         feed = self._hub.feed

@@ -280,7 +280,7 @@ class Committer:
                 folder = version
             facts = dict(best.metadata)
             found["checkpoint"] = {"folder": folder.number, "address": best.address, "metadata": facts}
-        with suppress(MandapaError, msgspec.DecodeError):
+        with suppress(MandapaError, msgspec.DecodeError, KeyError, TypeError, ValueError):  # written by whoever
             facts = msgspec.json.decode(newest.open(".mandapa/run.json").read(_TEXT_MAX))
             found["attempt"] = int(facts["attempt"])
         with suppress(MandapaError):

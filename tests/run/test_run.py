@@ -866,6 +866,8 @@ def test_who_would_rather_wait_waits_for_room(lab: Lab) -> None:
         with pytest.warns(RuntimeWarning, match="the run waits until there is some"):
             handle = run.log_bytes("b", b"x" * 3000)
         assert handle.wait()
+        with pytest.warns(RuntimeWarning, match=r"there is no room for c \(6,000 bytes\)"):
+            assert run.log_bytes("c", b"x" * 6000).state == "skipped"  # it would be waited for in vain
     assert len(contents(lab["net"])["b"]) == 3000
 
 

@@ -254,6 +254,7 @@ class Run:
 
         Raises:
             InvalidInputError: What cannot be written; the message names it.
+            StorageError: With ``strict=True``: there is no room for it.
         """
         with self._outbox.working():
             self._hparams.update(redact(plain(hparams)))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import GB, MB, Place, Sizes, end_uploader, ms, now, quantile, s3, table, target
+from common import GB, MB, Place, Sizes, end_uploader, ms, now, quantile, s3, table, target, warm
+from loop import replace
 from work import Training
 
 from mandapa import Run
@@ -85,6 +87,8 @@ def measure(home: Path, sizes: Sizes) -> None:
         for step in range(2 * sizes.rounds):
             training.step()
             state = training.state()
+            time.sleep(min(1.5, sizes.idle))  # what was committed is still brought to the disk, and let go
+            warm(home, sizes.mb)
             handle = quiet.time("save_checkpoint", lambda: run.save_checkpoint(state, step=step))  # noqa: B023
             handle.wait()
             run.log_bytes(f"flushed/{step}", b"x")
@@ -98,6 +102,7 @@ def measure(home: Path, sizes: Sizes) -> None:
             if handle is None or handle.done():
                 training.step()
                 state = training.state()
+                warm(home, sizes.mb)
                 handle = busy.time("save_checkpoint", lambda: run.save_checkpoint(state, step=number))  # noqa: B023
             round_of_calls(busy, run, home, number)
         while handle is not None and not handle.done():
@@ -105,11 +110,11 @@ def measure(home: Path, sizes: Sizes) -> None:
         busy.time("close", run.close)
         end_uploader(run)
     plain = []
-    for _ in range(2 * sizes.rounds):
-        (home / "plain.pt").unlink(missing_ok=True)
-        at = now()
-        torch.save(training.state(), home / "plain.pt")
-        plain.append(now() - at)
+    for number in range(-1, 2 * sizes.rounds):
+        warm(home, sizes.mb)
+        took = replace(training, home / "plain.pt")
+        if number >= 0:  # before, there is no file that one puts another in the place of
+            plain.append(took)
     size = (home / "plain.pt").stat().st_size / GB
     for kind in (quiet, busy):
         kind.took["save_checkpoint, a GB"] = [took / size for took in kind.took.pop("save_checkpoint")]

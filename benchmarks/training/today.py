@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from statistics import median
 
-import torch
-from common import GB, Sizes, end_uploader, now, s3, table, wait_for
+from common import GB, Sizes, end_uploader, now, s3, table, wait_for, warm
+from loop import replace
 from work import Training
 
 with warnings.catch_warnings():  # botocore's own use of what Python has deprecated
@@ -33,15 +33,14 @@ def measure(home: Path, sizes: Sizes) -> None:
         run = place.run("today", home)
         for number in range(-1, 2 * sizes.rounds):  # the first is not counted
             training.step()
-            state = training.state()
-            path.unlink(missing_ok=True)
+            warm(home, sizes.mb)
+            saved = replace(training, path)
             at = now()
-            torch.save(state, path)
-            saved = now() - at
             client.upload_file(str(path), "bucket", f"today/{number}", Config=one_put)
-            uploaded = now() - at
+            uploaded = saved + now() - at
+            warm(home, sizes.mb)
             at = now()
-            handle = run.save_checkpoint(state, step=number + 1)
+            handle = run.save_checkpoint(training.state(), step=number + 1)
             held = now() - at
             committed = wait_for(handle.done) - at
             if number >= 0:

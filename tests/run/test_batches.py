@@ -62,9 +62,10 @@ class World:
     def url(self, path: str, rank: int = 0) -> int:
         return self._hand(rank, UrlEntry, path=path, url="s3://x/y")
 
-    def checkpoint(self, step: int, rank: int = 0) -> int:
-        file = File(path=f"checkpoint/state-rank{rank}.pt", source="", size=1)
-        return self._hand(rank, CheckpointEntry, step=step, files=[file])
+    def checkpoint(self, step: int, rank: int = 0, **fields: Any) -> int:
+        place = fields.setdefault("place", "checkpoint")
+        file = File(path=f"{place}/state-rank{rank}.pt", source="", size=1)
+        return self._hand(rank, CheckpointEntry, step=step, files=[file], **fields)
 
     def artifact(self, rank: int = 0) -> int:
         return self._hand(rank, ArtifactEntry, name="other", source="", at=None, size=1)
@@ -379,6 +380,61 @@ def test_a_silent_rank_is_waited_for_from_the_last_part_on() -> None:
     world.checkpoint(1, 2)
     assert world.work() == []
     assert world.age().work() == [[("", 1, 0), ("", 1, 2)]]
+
+
+def test_what_is_whole_by_itself_waits_for_nobody() -> None:
+    """Neither for a rank that has never saved, nor for one that has begun and died, nor for one that saves parts."""
+    world = World(3).launch()
+    world.die(2)
+    world.asset("a")
+    world.checkpoint(1, whole=True)
+    assert world.work() == [["a", ("", 1, 0)]]
+    world.checkpoint(2, rank=1)
+    world.checkpoint(2, whole=True)
+    assert [[e.step for _, e in parts if e.whole] for parts in complete_checkpoints(world.feed)] == [[1], [2]]
+    assert world.work() == [[("", 2, 0)]]
+    world.checkpoint(2, rank=0)
+    world.age()
+    assert world.work() == []  # rank 2 was never heard of: the parts of the two others wait
+    world.end(0, 1).work()
+    world.check_all()
+
+
+def test_what_is_whole_says_nothing_of_who_saves_parts() -> None:
+    """A rank that saves for all, and has done so twice, does not make one that is about to begin a silent one."""
+    world = World(2).launch()
+    world.checkpoint(1, whole=True)
+    world.checkpoint(2, whole=True)
+    assert world.work() == [[("", 1, 0)], [("", 2, 0)]]
+    world.checkpoint(3)
+    assert world.work() == []
+    world.checkpoint(3, rank=1)
+    assert world.work() == [[("", 3, 0), ("", 3, 1)]]
+    world.end().work()
+    world.check_all()
+
+
+def test_whole_ones_of_one_step_stay_apart() -> None:
+    """Two ranks that each save for all, and one that does it twice."""
+    world = World(2).launch()
+    for rank in (0, 1, 0):
+        world.checkpoint(1, rank, whole=True)
+    assert world.work() == [[("", 1, 0)], [("", 1, 1)], [("", 1, 0)]]
+    assert len(complete_checkpoints(world.feed)) == 3
+
+
+def test_parts_of_two_places_are_no_one_checkpoint() -> None:
+    """Whoever reads it by its place would miss the others."""
+    world = World(2).launch()
+    world.checkpoint(1, rank=0, place="a")
+    world.checkpoint(1, rank=1, place="b")
+    assert world.work() == []
+    world.checkpoint(1, rank=1, place="a")
+    assert world.work() == [[("", 1, 0), ("", 1, 1)]]
+    assert [entry.place for _, entry in world.batches[-1].checkpoint] == ["a", "a"]
+    world.end().work()
+    assert world.batches[-1].incomplete
+    world.check_all()
 
 
 def test_what_a_rank_leaves_when_it_ends_is_committed() -> None:

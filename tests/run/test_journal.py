@@ -83,6 +83,7 @@ LINES = [
     CheckpointEntry(
         **COMMON, step=5, epoch=1, metrics={"loss": 0.5, "why": "NaN"}, files=[], best=("loss", "min"), keep_local=3
     ),
+    CheckpointEntry(**COMMON, step=5, files=[File(path="a/b.pt", source="x", size=1)], place="a/b.pt", whole=True),
     ArtifactEntry(**COMMON, name="other", source="x", at=None, size=1, aliases=["prod"], metadata={"a": [1, None]}),
     UseEntry(**COMMON, address="data:v3/train"),
     CommitEntry(**COMMON),
@@ -247,6 +248,16 @@ def test_a_kind_that_is_not_known_is_left_out(path: Path) -> None:
     reader = JournalReader(str(path), ENTRIES)
     assert [entry.n for entry in reader.new()] == [2]
     assert reader.damaged == len(bad)
+
+
+def test_a_checkpoint_of_before_places_were_written_is_in_the_folder_of_that_name(path: Path) -> None:
+    """Journals of older mandapas are read, and a part of theirs is never taken for a whole one."""
+    Journal(str(path), ENTRIES).append(CheckpointEntry(**COMMON, step=5, files=[]))
+    line = json.loads(path.read_bytes())
+    old = {name: value for name, value in line.items() if name not in ("place", "whole", "blake3")}
+    path.write_bytes(seal(old))
+    (found,) = JournalReader(str(path), ENTRIES).new()
+    assert (found.place, found.whole) == ("checkpoint", False)
 
 
 def test_members_that_a_later_version_adds_are_no_damage(path: Path) -> None:

@@ -64,7 +64,7 @@ class Feed:
     ended: set[tuple[int, int]] = field(default_factory=set)
     """(rank, attempt) that ended by themselves."""
     saved: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """(rank, attempt) -> checkpoints that it has handed over."""
+    """(rank, attempt) -> parts of checkpoints that it has handed over; what is whole by itself is none."""
     used: list[str] = field(default_factory=list)
     """Addresses of versions that went into the run."""
 
@@ -76,7 +76,7 @@ class Feed:
             self.begun.setdefault(entry.attempt, entry)
         elif isinstance(entry, EndEntry):
             self.ended.add((rank, entry.attempt))
-        elif isinstance(entry, CheckpointEntry):
+        elif isinstance(entry, CheckpointEntry) and not entry.whole:
             self.saved[rank, entry.attempt] += 1
 
     def is_over(self, attempt: int) -> bool:
@@ -163,15 +163,20 @@ def complete_checkpoints(feed: Feed) -> list[list[tuple[int, CheckpointEntry]]]:
 
 
 def _groups(feed: Feed, attempt: int, handed: Iterable[Handed]) -> list[Sequence[Handed]]:
-    """The parts of each checkpoint of an attempt, oldest first: of one step, the first of each rank together, ..."""
-    groups: dict[tuple[int, int], list[Handed]] = {}
-    times: dict[tuple[int, int], int] = {}
-    order: dict[tuple[int, int], int] = {}
+    """The parts of each checkpoint of an attempt, oldest first.
+
+    Of one step and place, the first of each rank go together, and so on; what is whole stands alone.
+    """
+    groups: dict[tuple[int, str, int, int], list[Handed]] = {}
+    times: Counter[tuple[int, str, bool, int]] = Counter()
+    order: dict[tuple[int, str, int, int], int] = {}
     for rank, entry in handed:
         if isinstance(entry, CheckpointEntry):
-            turn = times[rank, entry.step] = times.get((rank, entry.step), 0) + 1
-            groups.setdefault((entry.step, turn), []).append((rank, entry))
-            order.setdefault((entry.step, turn), entry.n)
+            same = (entry.step, entry.place, entry.whole, rank)
+            times[same] += 1
+            key = (entry.step, entry.place, rank if entry.whole else -1, times[same])
+            groups.setdefault(key, []).append((rank, entry))
+            order.setdefault(key, entry.n)
     return [groups[key] for key in sorted(groups, key=lambda key: (order[key], key))]
 
 
@@ -179,6 +184,8 @@ def _lacking(
     feed: Feed, attempt: int, group: Sequence[Handed], over: bool, waited: Callable[[int, int], float]
 ) -> bool:
     """Whether a checkpoint lacks a part: that of a rank which hands over checkpoints, or may still begin to."""
+    if any(isinstance(entry, CheckpointEntry) and entry.whole for _, entry in group):
+        return False
     began = feed.begun.get(attempt)
     here = {rank for rank, _ in group}
     expected = set(began.local_ranks) if began is not None else here

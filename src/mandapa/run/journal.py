@@ -101,7 +101,7 @@ class UrlEntry(Entry, frozen=True, kw_only=True, tag="url"):
 
 
 class CheckpointEntry(Entry, frozen=True, kw_only=True, tag="checkpoint"):
-    """This rank's files of a checkpoint; together with those of the other ranks they are the folder ``checkpoint``."""
+    """This rank's files of a checkpoint, at its place or below; those of all ranks together are the checkpoint."""
 
     step: int
     epoch: int | None = None
@@ -110,6 +110,10 @@ class CheckpointEntry(Entry, frozen=True, kw_only=True, tag="checkpoint"):
     best: tuple[str, Literal["min", "max"]] | None = None
     """The metric, and which way is better, by which the alias ``best`` is kept."""
     keep_local: int = 1
+    place: str = "checkpoint"
+    """The file or folder of the version that is the checkpoint; equal for all its parts."""
+    whole: bool = False
+    """It is all of it: no other rank has a part."""
 
 
 class ArtifactEntry(Entry, frozen=True, kw_only=True, tag="artifact"):

@@ -18,6 +18,7 @@ from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author
 from mandapa.repository.repository import Repository
 from mandapa.run import committer as committer_module
+from mandapa.run import repository_backend
 from mandapa.run import uploader as uploader_module
 from mandapa.run.committer import Committer, Hub
 from mandapa.run.directory import RunDirectory
@@ -38,6 +39,7 @@ from mandapa.run.journal import (
 from mandapa.run.limits import Limits
 from mandapa.run.logger import BackendSpec
 from mandapa.run.outbox import Outbox
+from mandapa.run.repository_backend import RepositoryBackend
 from mandapa.run.troubles import Troubles
 from mandapa.run.uploader import Uploader
 from mandapa.testing.faults import Crash, CrashingObjectStore, FaultyObjectStore
@@ -64,7 +66,7 @@ class Stores:
 def stores(monkeypatch):
     """Committers of this process find their stores here, and uploaders lose no time."""
     found = Stores()
-    monkeypatch.setattr(committer_module, "open_repository", found)
+    monkeypatch.setattr(repository_backend, "open_repository", found)
     monkeypatch.setattr(committer_module, "_PAUSE_FIRST", 0.0)
     monkeypatch.setattr(uploader_module, "_TICK", 0.001)
     monkeypatch.setattr(uploader_module, "_LIVENESS", 0.001)
@@ -143,7 +145,8 @@ def commit(directory, spec, key=KEY):
         hub.feed.take(0, entry)
     hub.feed.live = {0: False}
     said = []
-    working = Committer(key, spec, directory, hub, commit_every=600, tell=said.append)
+    backend = RepositoryBackend(spec, directory, said.append)
+    working = Committer(key, spec, backend, directory, hub, commit_every=600, tell=said.append)
     try:
         while working._step():
             pass
@@ -450,7 +453,9 @@ def test_the_newest_checkpoint_first_and_again(place, stores):
         trainer.checkpoint(step)
     hub = Hub(urgent=True, newest_first=True)
     reader = JournalReader(trainer.directory.journal(0), ENTRIES)
-    working = Committer(KEY, stores.spec(store), trainer.directory, hub, commit_every=600, tell=lambda text: None)
+    spec, said = stores.spec(store), []
+    backend = RepositoryBackend(spec, trainer.directory, said.append)
+    working = Committer(KEY, spec, backend, trainer.directory, hub, commit_every=600, tell=said.append)
 
     def work():
         for entry in reader.new():

@@ -25,9 +25,8 @@ from mandapa.errors import InvalidInputError, NotFoundError
 from mandapa.object_store import LocalObjectStore
 from mandapa.repository.fsck import fsck
 from mandapa.repository.repository import Repository
-from mandapa.run.backend import key_of, spec_from
+from mandapa.run.backend import INCOMPLETE, key_of, spec_from
 from mandapa.run.checkpoints import load_state
-from mandapa.run.committer import INCOMPLETE
 from mandapa.run.directory import RunDirectory
 from mandapa.run.journal import ENTRIES, OUTCOMES, CheckpointEntry, JournalReader, Started
 from mandapa.run.resume import newest_local

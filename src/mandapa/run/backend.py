@@ -1,10 +1,12 @@
-"""Where versions of a run go: told as plain values, with the secrets kept apart from what reaches the disk."""
+"""Where versions of a run go, as plain values, with secrets kept apart from what reaches the disk; and what goes in."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -14,10 +16,32 @@ from mandapa.errors import InvalidInputError
 from mandapa.object_store import ObjectStore, from_url
 from mandapa.repository.log import Author
 from mandapa.repository.repository import Repository
+from mandapa.run.directory import RunDirectory
+from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry, UrlEntry
 from mandapa.run.logger import BackendSpec
 from mandapa.run.secrets import is_secret_key
 
-__all__ = ["key_of", "open_repository", "open_store", "public", "spec_from", "value_of"]
+__all__ = [
+    "CHECKPOINT",
+    "INCOMPLETE",
+    "WANDB",
+    "Backend",
+    "FolderCommit",
+    "Put",
+    "key_of",
+    "open_repository",
+    "open_store",
+    "public",
+    "spec_from",
+    "value_of",
+]
+
+CHECKPOINT = "checkpoint"
+"""The folder of a version in which its checkpoint is, unless it was handed over for another place."""
+INCOMPLETE = "incomplete-checkpoint"
+"""The folder for the parts of a checkpoint whose other parts were never handed over."""
+WANDB = "wandb"
+"""The store of a backend to which the training process itself commits: a W&B run belongs to the program."""
 
 THREADS = 2
 """Of a repository in the uploader: what training can spare, and 150 MB of memory."""
@@ -76,7 +100,9 @@ def key_of(spec: BackendSpec) -> str:
     return hexdigest(text)[:16]
 
 
-_PLACE = frozenset(("bucket", "container", "prefix", "endpoint_url", "account_name", "path", "url"))
+_PLACE = frozenset(
+    ("bucket", "container", "prefix", "endpoint_url", "account_name", "path", "url", "project", "entity")
+)
 
 
 def open_store(spec: BackendSpec) -> ObjectStore:
@@ -119,3 +145,93 @@ def open_repository(spec: BackendSpec, *, create: bool) -> Repository:
     """
     make = Repository.create if create else Repository
     return make(open_store(spec), cache_dir=cache_dir(), threads=THREADS, author=Author(who()))
+
+
+# -- what is committed -------------------------------------------------------------------------------------------------
+
+
+class Put(NamedTuple):
+    """A file that goes into a version."""
+
+    path: str
+    source: str
+    """The absolute path of its bytes."""
+    size: int
+    grows: bool = False
+    """Only the first ``size`` bytes belong to it."""
+    reserved: bool = False
+
+
+@dataclass(frozen=True)
+class FolderCommit:
+    """A version of the run's folder that is to be made."""
+
+    directory: RunDirectory
+    txn: str
+    """The same when it is tried again, by another process, too."""
+    base: int | None
+    """The version that the folder is from; None: an empty folder."""
+    entries: list[Entry]
+    incomplete: bool
+    """Its checkpoint lacks parts."""
+    message: str
+    metadata: dict[str, Any]
+    used: list[str]
+    """Addresses of versions that went into the run."""
+    best: tuple[str, Literal["min", "max"]] | None
+    """By what the alias ``best`` moves to this version."""
+
+    @property
+    def parts(self) -> list[CheckpointEntry]:
+        """The parts of its checkpoint."""
+        return [entry for entry in self.entries if isinstance(entry, CheckpointEntry)]
+
+    def leaves(self, former: str) -> list[str]:
+        """Files and folders that go before anything is put; ``former``: the place of the checkpoint there is."""
+        if not self.parts:
+            return []
+        return [INCOMPLETE] if self.incomplete else list(dict.fromkeys((INCOMPLETE, former, self.parts[0].place)))
+
+    def urls(self) -> list[UrlEntry]:
+        """The URLs that are put."""
+        return [entry for entry in self.entries if isinstance(entry, UrlEntry)]
+
+    def files(self) -> Iterator[Put]:
+        """The files that are put, no path twice."""
+        source = self.directory.source
+        assets = [entry for entry in self.entries if isinstance(entry, AssetEntry)]
+        grown = {entry.file.path: entry for entry in assets if entry.grows}
+        for entry in assets:
+            file = entry.file
+            if grown.get(file.path, entry) is entry:
+                yield Put(file.path, source(file.source), file.size, entry.grows, entry.reserved)
+        for part in self.parts:
+            for file in part.files:
+                path = file.path
+                if self.incomplete:
+                    inside = path.removeprefix(f"{part.place}/") if path != part.place else os.path.basename(path)
+                    path = f"{INCOMPLETE}/step-{part.step}/{inside}"
+                yield Put(path, source(file.source), file.size)
+
+
+class Backend(Protocol):
+    """Makes versions somewhere. A call that fails, with a `MandapaError`, is made again with the same arguments."""
+
+    facts: dict[str, Any]
+    """What is known of the place, for ``status.json``: ``url``, ``opened``, ``strangers``."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can commit."""
+
+    def open(self) -> None:
+        """Reach the place; who may not write there is told so."""
+
+    def commit_folder(self, commit: FolderCommit) -> tuple[str, int | None]:
+        """Make a version of the run's folder; gives its address ("": nothing had changed), and its number."""
+
+    def commit_artifact(self, entry: ArtifactEntry, txn_id: str, used: list[str]) -> str:
+        """Make a version of another artifact; gives its address, "" when nothing had changed."""
+
+    def close(self) -> None:
+        """Let go of the place; `open` comes before the next commit."""

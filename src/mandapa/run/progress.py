@@ -21,6 +21,11 @@ class Progress:
         self.any = False
         """Whether it has committed anything for the run's folder."""
 
+    @property
+    def batches(self) -> int:
+        """How many it has committed."""
+        return len(self._versions)
+
     def look(self) -> Progress:
         """Read what is new."""
         for line in self._reader.new():

@@ -23,23 +23,15 @@ from typing import Any
 import msgspec
 
 from mandapa.errors import InvalidInputError, MandapaError
-from mandapa.run.backend import key_of, public, spec_from, value_of
+from mandapa.run.backend import WANDB, Backend, key_of, public, spec_from, value_of
 from mandapa.run.committer import Committer, Hub
 from mandapa.run.directory import RunDirectory, read_json, write_json
-from mandapa.run.journal import (
-    ENTRIES,
-    ArtifactEntry,
-    AssetEntry,
-    CheckpointEntry,
-    CommitEntry,
-    Entry,
-    Intervals,
-    JournalReader,
-    UrlEntry,
-    UseEntry,
-)
+from mandapa.run.follower import Follower
+from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry, Intervals
 from mandapa.run.logger import BackendSpec
 from mandapa.run.process import fingerprint
+from mandapa.run.progress import Progress
+from mandapa.run.repository_backend import RepositoryBackend
 from mandapa.run.secrets import redact
 from mandapa.run.staging import drop_links, release
 
@@ -52,6 +44,9 @@ _SYNC = 0.5  # seconds between two rounds of fsync, which hold up whoever makes 
 _NICE = 10
 _LOG_MAX = 4 << 20
 
+Make = Callable[[BackendSpec, RunDirectory, Callable[[str], None]], Backend]
+"""Makes the backend of a spec; the last argument takes a line for the log."""
+
 
 class Uploader:
     """Follows the journals of a run's directory and drives a committer for each backend.
@@ -59,6 +54,8 @@ class Uploader:
     Args:
         directory: The run's, whose uploader lock the caller holds.
         specs: Backends by key.
+        make: By the store of a spec, what makes its backend; a repository for any other. What has None is committed to
+            by others: this uploader keeps its bytes until they have.
         current: Those that are looked at though nothing waits for them.
         linger: Seconds to go on trying after the last trainer is gone.
         commit_every: Seconds that something waits at most.
@@ -71,6 +68,7 @@ class Uploader:
         directory: RunDirectory,
         specs: Mapping[str, BackendSpec],
         *,
+        make: Mapping[str, Make | None] = {WANDB: None},
         current: Collection[str] = (),
         linger: float = 1800.0,
         commit_every: float = 600.0,
@@ -82,7 +80,7 @@ class Uploader:
         self._current = current
         self._once = once
         self._hub = Hub(urgent=once)
-        self._readers: dict[int, JournalReader[Any]] = {}
+        self._follower = Follower(directory, self._hub, self.tell, lambda rank, e: self._unsynced.append((rank, e)))
         self._durable: dict[int, int] = {}
         self._unsynced: list[tuple[int, Entry]] = []
         self._unnoticed = False  # there are entries that call for no commit, and were not counted yet
@@ -93,15 +91,21 @@ class Uploader:
         self._grown: set[str] = set()
         self._ending = self._hurrying = False
         self._failures: dict[str, int] = {}
-        self._request = self._requested()
         self._status: dict[str, Any] = {}
         self._status_at = 0.0
         salt = os.urandom(16).hex()
         self._identity = {"pid": os.getpid(), "salt": salt, "config": fingerprint(config, salt)}
-        self.committers = {
-            key: Committer(key, spec, directory, self._hub, commit_every=commit_every, tell=self.tell)
-            for key, spec in specs.items()
-        }
+        self.committers: dict[str, Committer] = {}
+        self._others: dict[str, Progress] = {}
+        for key, spec in specs.items():
+            made = make.get(spec.store, RepositoryBackend)
+            if made is None:
+                self._others[key] = Progress(directory, key)
+                continue
+            backend = made(spec, directory, self.tell)
+            self.committers[key] = Committer(
+                key, spec, backend, directory, self._hub, commit_every=commit_every, tell=self.tell
+            )
 
     def tell(self, text: str) -> None:
         """A line for the log, without secrets."""
@@ -125,9 +129,9 @@ class Uploader:
 
         ``on_opened`` is called once each store has answered, or failed.
         """
-        live = self._living()
+        live = self._follower.living()
         self._poll()
-        self._set_living(live)
+        self._follower.set_living(live)
         self._release()
         idle = [key for key, (count, _) in self._counts.items() if not count and key not in self._current]
         for key in idle:
@@ -149,19 +153,14 @@ class Uploader:
             now = time.monotonic()
             look = now - looked >= _LIVENESS
             # Before the journals: who is not alive then has written nothing that is not read now.
-            live = self._living() if look else live
+            live = self._follower.living() if look else live
             changed = self._poll()
             if self._unnoticed and (look or self._once or self._ending):
                 changed = True  # what thousands that wait cost is not paid for each that comes
             if look:
                 looked = now
-                changed |= self._set_living(live)
-                if (request := self._requested()) != self._request:
-                    self._request = request
-                    with self._hub.changed:
-                        self._hub.urgent = True
-                        self._hub.asked += 1
-                        changed = True
+                changed |= self._follower.set_living(live)
+                changed |= self._follower.read_request()
             if ending and not self._hurrying:  # only now: the newest checkpoint is among those that have been read
                 self._hurrying = changed = True
                 self._failures = {key: committer.failures for key, committer in self.committers.items()}
@@ -172,7 +171,11 @@ class Uploader:
                 self._unnoticed = False
                 with self._hub.changed:
                     self._hub.changed.notify_all()
-            if changed or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True)):
+            if (
+                changed
+                or self._others_went_on()
+                or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True))
+            ):
                 self._release()
             drained = not any(count for count, _ in self._counts.values())
             if drained and not self._once and not self._ending and self._hub.urgent:
@@ -216,50 +219,14 @@ class Uploader:
 
     def _poll(self) -> bool:
         """Read what is new in the journals; whether there is anything that may call for a commit."""
-        calls = False
-        now = time.monotonic()
-        for rank, reader in self._readers.items():
-            damaged = reader.damaged
-            for entry in reader.new():
-                calls |= not isinstance(entry, AssetEntry | UrlEntry | UseEntry)
-                self._unnoticed = True
-                with self._hub.changed:
-                    self._take(rank, entry, now)
-            if reader.damaged > damaged:
-                self.tell(f"{reader.path}: {reader.damaged - damaged} lines are damaged and were left out")
+        some, calls = self._follower.read()
+        self._unnoticed |= some
         return calls
 
-    def _take(self, rank: int, entry: Entry, now: float) -> None:
-        feed = self._hub.feed
-        if isinstance(entry, UseEntry) and entry.address not in feed.used:
-            feed.used.append(entry.address)
-        if isinstance(entry, CommitEntry):
-            self._hub.asked += 1
-        feed.take(rank, entry)
-        self._hub.seen[rank, entry.n] = now
-        self._unsynced.append((rank, entry))
-
-    def _living(self) -> dict[int, bool]:
-        """Which ranks there are, and whether each has a live trainer."""
-        ranks = self._directory.ranks()
-        for rank in set(ranks) - self._readers.keys():
-            self._readers[rank] = JournalReader(self._directory.journal(rank), ENTRIES)
-        return {rank: self._directory.rank_lock(rank).held() for rank in ranks}
-
-    def _set_living(self, live: dict[int, bool]) -> bool:
-        """Take that in; whether it changed."""
-        with self._hub.changed:
-            if live == self._hub.feed.live:
-                return False
-            self._hub.feed.live = live
-        return True
-
-    def _requested(self) -> int:
-        """When somebody last asked for a commit of everything, from outside."""
-        try:
-            return os.stat(self._directory.request).st_mtime_ns
-        except OSError:
-            return 0
+    def _others_went_on(self) -> bool:
+        """Whether a backend that others commit to has something new."""
+        before = [progress.batches for progress in self._others.values()]
+        return before != [progress.look().batches for progress in self._others.values()]
 
     # -- durable ------------------------------------------------------------------------------------------------------
 
@@ -292,22 +259,8 @@ class Uploader:
         """Drop what every backend has; its bytes go, but for the newest checkpoints. Then count what waits."""
         done = self._done()
         self._seen_done = list(done.values())
-        gone: list[tuple[int, Entry]] = []
         with self._hub.changed:
-            feed = self._hub.feed
-            for rank, entries in feed.entries.items():
-                keep = []
-                for entry in entries:
-                    began = feed.begun.get(entry.attempt)
-                    keys = done if began is None else began.backends  # also those that this uploader does not know
-                    if all(key in done and (rank, entry.n) in done[key] for key in keys):
-                        gone.append((rank, entry))
-                    else:
-                        keep.append(entry)
-                if len(keep) < len(entries):
-                    feed.entries[rank] = keep
-            for rank, entry in gone:
-                self._hub.seen.pop((rank, entry.n), None)
+            gone = self._follower.drop(done)
             self._counts = {key: committer.pending() for key, committer in self.committers.items()}
         for rank, entry in gone:
             if isinstance(entry, CheckpointEntry):
@@ -322,7 +275,8 @@ class Uploader:
 
     def _done(self) -> dict[str, Intervals]:
         """What each backend has."""
-        return self._idle | {key: committer.done for key, committer in self.committers.items()}
+        others = {key: progress.done for key, progress in self._others.items()}
+        return self._idle | others | {key: committer.done for key, committer in self.committers.items()}
 
     # -- telling ------------------------------------------------------------------------------------------------------
 

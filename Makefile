@@ -4,8 +4,13 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
-# Pinned wherever it is installed: the tests are written against it.
-TORCH  := torch==2.13.0
+# Composer wants older releases of other packages than the rest: it has an environment of its own.
+COMPOSER := .venv-composer
+# Pinned wherever they are installed: the tests are written against them.
+TORCH    := torch==2.13.0
+MOSAICML := mosaicml==0.32.1
+
+COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 
 .PHONY: help demo test lint soak bench bench-training clean
 .DELETE_ON_ERROR:
@@ -28,8 +33,9 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint $(VENV)/.azurite
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules tests src
+test: lint $(VENV)/.azurite $(COMPOSER)/.made
+	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules tests src --ignore src/mandapa/trainers/composer.py
+	$(COMPOSER)/bin/python -m pytest -n 2 -m 'not slow' tests/composer
 
 soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
@@ -43,15 +49,17 @@ bench-training: $(VENV)/.test
 	@$(BIN)/python benchmarks/training
 
 clean:
-	rm -rf $(VENV) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(COMPOSER) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf tests/azurite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- environments ------------------------------------------------------------------------------------------------------
 
+new_enough = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo 'mandapa needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+
 $(VENV)/.pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo 'mandapa needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)' >&2; exit 1; }
+	@$(new_enough)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --upgrade 'pip>=25.1'
 	@touch $@
@@ -70,4 +78,16 @@ $(VENV)/.azurite: $(VENV)/.test $(wildcard tests/azurite/package.json)
 	  npm install --prefix tests/azurite --no-package-lock --no-audit --no-fund --silent || \
 	    echo 'azurite could not be installed: the tests that need it are skipped' >&2; \
 	fi
+	@touch $@
+
+# torch first, so that nobody chooses another one; then what Composer needs, and Composer itself, which asks for an old
+# torch and an old torchvision. tests/composer/torchvision-stub stands where it imports the latter.
+$(COMPOSER)/.made: pyproject.toml $(shell find tests/composer/torchvision-stub -name '*.py' -o -name '*.toml')
+	@$(new_enough)
+	test -x $(COMPOSER)/bin/python || $(PYTHON) -m venv $(COMPOSER)
+	$(COMPOSER_PIP) install --upgrade 'pip>=25.1'
+	$(COMPOSER_PIP) install $(TORCH)
+	$(COMPOSER_PIP) install $(TORCH) -e . --group composer
+	$(COMPOSER_PIP) install --no-deps $(MOSAICML)
+	$(COMPOSER_PIP) install --no-deps --force-reinstall ./tests/composer/torchvision-stub
 	@touch $@

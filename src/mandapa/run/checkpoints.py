@@ -156,12 +156,16 @@ class Checkpoint:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
     """The address of the version that holds it; empty for one that is only in the run's directory yet."""
+    place: str = "checkpoint"
+    """The file or folder of the version that is the checkpoint."""
     file: str = ""
-    """The name of this rank's file in it."""
+    """The name of this rank's file in the folder that `download` gives; empty when the rank has none, or several."""
     fetch: Callable[[str | os.PathLike[str] | None], str] = field(default=lambda dest: "", repr=False)
 
     def download(self, dest: str | os.PathLike[str] | None = None) -> str:
         """The folder with the checkpoint's files, those of all ranks; fetched when it is not here. Gives its path.
+
+        Their names are those below `place`; of a checkpoint that is one file there, the last part of its name.
 
         Ranks of one machine share one download. Files that are there and equal are not fetched again.
 
@@ -171,6 +175,7 @@ class Checkpoint:
         Raises:
             StorageError: The store failed.
             NotFoundError: The version was deleted meanwhile.
+            CorruptionError: There is nothing at `place`.
         """
         return self.fetch(dest)
 
@@ -179,13 +184,18 @@ class Checkpoint:
 
         Raises:
             CorruptionError: The file is not what `Run.save_checkpoint` wrote.
-            InvalidInputError: It needs torch or safetensors, which are not installed; or it has no file of this rank.
+            InvalidInputError: It needs torch or safetensors, which are not installed; it has no file of this rank; or
+                it has several, which `download` gives.
             StorageError, NotFoundError: As `download`.
         """
         folder = self.download()
         path = os.path.join(folder, self.file)
         if not os.path.isfile(path):
             files = [os.path.join(where, name) for where, _, names in os.walk(folder) for name in names]
+            if not self.file and len(files) > 1:
+                raise InvalidInputError(
+                    f"the checkpoint has {len(files)} files, and none is this rank's alone: download() gives them"
+                )
             path = files[0] if len(files) == 1 else path
         return load_state(path)
 

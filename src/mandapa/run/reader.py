@@ -32,7 +32,7 @@ def fetch(
         backend: What `value_of` gave.
         address: Of the version.
         dest: Where its files go.
-        folder: Only the files of this folder, without its name.
+        folder: Only the files of this folder, without its name; or only this file, under its last name.
         only: Patterns over whole paths.
 
     Raises:
@@ -68,16 +68,18 @@ def main() -> None:
     asked = msgspec.json.decode(sys.stdin.buffer.read())
     try:
         version = open_repository(spec_from(asked["backend"]), create=False)[asked["address"]]
-        inside = f"{asked['folder']}/" if asked["folder"] else f"{version.path}/" if version.path else ""
+        top = asked["folder"] or version.path
+        inside = f"{top}/" if top else ""
         only = asked["only"]
 
         def keep(path: str) -> bool:
-            wanted = path == version.path or path.startswith(inside)
+            wanted = path == top or path.startswith(inside)
             return wanted and (only is None or any(fnmatchcase(path, pattern) for pattern in only))
 
-        result = version.restore(
-            asked["dest"], keep=keep, rename=(lambda path: path.removeprefix(inside)) if asked["folder"] else None
-        )
+        def rename(path: str) -> str:
+            return path.rpartition("/")[2] if path == top else path.removeprefix(inside)
+
+        result = version.restore(asked["dest"], keep=keep, rename=rename if asked["folder"] else None)
         answer = {"address": version.address, "files": result.files, "skipped": result.skipped, "size": result.bytes}
     except (MandapaError, OSError) as error:
         answer = {"error": type(error).__name__, "message": str(error)}

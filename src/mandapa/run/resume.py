@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mandapa.errors import StorageError
+from mandapa.errors import CorruptionError, InvalidInputError, StorageError
+from mandapa.format.strict import check_path
+from mandapa.run.backend import CHECKPOINT
 from mandapa.run.batches import Feed, complete_checkpoints
 from mandapa.run.checkpoints import Checkpoint
-from mandapa.run.committer import CHECKPOINT
 from mandapa.run.directory import Lock, RunDirectory
 from mandapa.run.journal import ENTRIES, BeginEntry, CheckpointEntry, EndEntry, File, JournalReader
 from mandapa.run.progress import Progress
@@ -47,29 +48,43 @@ def newest_local(directory: RunDirectory, rank: int, progress: Iterable[Progress
     parts = max(found, key=lambda parts: (parts[0][1].step, parts[0][1].attempt, parts[0][1].n))
     first, entry = parts[0]
     own = [file for other, e in parts if other == rank for file in e.files] or entry.files
+    sources = {_name(file.path, entry.place): file.source for _, e in parts for file in e.files}
     return Checkpoint(
         step=entry.step,
         epoch=entry.epoch,
         metrics=entry.metrics,
         version=next((address for one in progress if (address := one.look().version(first, entry.n))), ""),
-        file=_name(own[0].path),
-        fetch=_gather(directory, {_name(file.path): file.source for _, e in parts for file in e.files}),
+        place=entry.place,
+        file=_name(own[0].path, entry.place) if len(own) == 1 else "",
+        fetch=_gather(directory, sources, f"step-{entry.step}-{entry.attempt}.{entry.n}"),
     )
 
 
 def from_store(directory: RunDirectory, backend: Mapping[str, Any], known: Mapping[str, Any], file: str) -> Checkpoint:
-    """The checkpoint in a version: ``known`` is what the uploader told of it, ``file`` the name of this rank's file."""
+    """The checkpoint in a version: ``known`` is what the uploader told of it, ``file`` the name of this rank's file.
+
+    Raises:
+        CorruptionError: The version says that its checkpoint is at what is no path.
+    """
     metadata = dict(known["metadata"])
     address: str = known["address"]
+    step, epoch = metadata.pop("step"), metadata.pop("epoch", None)
+    place = CHECKPOINT
+    if isinstance(metadata.get("checkpoint"), str):  # else it is a number of the user's, from before that word was ours
+        try:
+            place = check_path(metadata.pop("checkpoint"))
+        except InvalidInputError as error:
+            raise CorruptionError(f"{address}: where its checkpoint is: {error}") from error
 
     def fetch_(dest: Dest) -> str:
         target = os.path.join(directory.path, "resume", address.replace(":", "-")) if dest is None else os.fspath(dest)
         with one_at_a_time(directory):
-            fetch(backend, address, os.path.abspath(target), folder=CHECKPOINT)
+            found = fetch(backend, address, os.path.abspath(target), folder=place)
+        if not found["files"] + found["skipped"]:
+            raise CorruptionError(f"{address}: there is nothing at {place!r}, where its checkpoint should be")
         return target
 
-    step, epoch = metadata.pop("step"), metadata.pop("epoch", None)
-    return Checkpoint(step=step, epoch=epoch, metrics=metadata, version=address, file=file, fetch=fetch_)
+    return Checkpoint(step=step, epoch=epoch, metrics=metadata, version=address, place=place, file=file, fetch=fetch_)
 
 
 @contextmanager
@@ -90,7 +105,7 @@ def one_at_a_time(directory: RunDirectory) -> Iterator[None]:
         lock.release()
 
 
-def _gather(directory: RunDirectory, sources: Mapping[str, str]) -> Callable[[Dest], str]:
+def _gather(directory: RunDirectory, sources: Mapping[str, str], folder: str) -> Callable[[Dest], str]:
     """Brings the files of a local checkpoint together."""
 
     def gather(dest: Dest) -> str:
@@ -98,7 +113,7 @@ def _gather(directory: RunDirectory, sources: Mapping[str, str]) -> Callable[[De
         folders = {path.removesuffix(name) for name, path in paths.items()}
         if dest is None and len(folders) == 1:
             return folders.pop().rstrip("/")
-        target = os.path.join(directory.path, "resume", "local") if dest is None else os.fspath(dest)
+        target = os.path.join(directory.path, "resume", folder) if dest is None else os.fspath(dest)
         for name, path in paths.items():
             inside = os.path.join(target, name)
             os.makedirs(os.path.dirname(inside), exist_ok=True)
@@ -110,8 +125,9 @@ def _gather(directory: RunDirectory, sources: Mapping[str, str]) -> Callable[[De
     return gather
 
 
-def _name(path: str) -> str:
-    return path.removeprefix(f"{CHECKPOINT}/")
+def _name(path: str, place: str) -> str:
+    """Of a file in its checkpoint's folder."""
+    return os.path.basename(path) if path == place else path.removeprefix(f"{place}/")
 
 
 def _is_there(directory: RunDirectory, file: File) -> bool:

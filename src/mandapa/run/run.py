@@ -23,9 +23,8 @@ from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.strict import check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.repository.urls import check_facts, check_url
-from mandapa.run.backend import public
+from mandapa.run.backend import CHECKPOINT, public
 from mandapa.run.checkpoints import Checkpoint, save_state
-from mandapa.run.committer import CHECKPOINT
 from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
 from mandapa.run.handle import Handle, together
@@ -40,7 +39,7 @@ from mandapa.run.process import UploaderProcess
 from mandapa.run.reader import error_from, fetch
 from mandapa.run.resume import from_store, newest_local, one_at_a_time
 from mandapa.run.secrets import redact
-from mandapa.run.staging import plain_view, release
+from mandapa.run.staging import drop, plain_view, release, take_all
 from mandapa.run.troubles import Troubles
 
 __all__ = ["Run"]
@@ -457,40 +456,119 @@ class Run:
             StorageError: It cannot be written; without ``strict=True`` only a full disk, by `Limits`, warns.
         """
         with self._outbox.working():
-            check_step(step)
-            if epoch is not None:
-                check_step(epoch, "epoch")
-            facts = clean_metadata(metrics)
-            clean_metadata({**facts, "step": step, "epoch": epoch})  # together they are the version's
-            if self.rank not in self._savers:
-                raise InvalidInputError(
-                    "parts of a checkpoint on several machines are not supported yet: save a whole state on rank 0 only"
-                )
-            self._loggers.tell(lambda logger: logger.flush())
-            saver = self._saver
+            facts = self._check_checkpoint(step, epoch, metrics)
             name = self._file_name(step, epoch)
-            path = self._checkpoint_path(step, name)
-            scratch = self._directory.unfinished(self.rank)
-            size = self._outbox.make_room(
-                name, self._size_guess, lambda: save_state(state, path, saver.format, scratch)
+
+            def own() -> list[File]:
+                path = self._checkpoint_path(step, name)
+                size = save_state(state, path, self._saver.format, self._directory.unfinished(self.rank))
+                self._size_guess = size
+                return [File(path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=size)]
+
+            return self._hand_over_checkpoint(name, self._size_guess, own, step=step, epoch=epoch, metrics=facts)
+
+    def log_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int,
+        epoch: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        at: str | None = None,
+        whole: bool = False,
+        take: Literal["copy", "move", "link"] = "copy",
+    ) -> Handle:
+        """Hand over a checkpoint that something else has written: a version, as `save_checkpoint` makes one.
+
+        Its bytes are owned when the call returns. Ranks that write it together call with one step and ``at``.
+
+        Args:
+            path: A file; or a folder, whose contents are this rank's files.
+            step: Of the training, 0 or more: what "newest" means when a run is resumed.
+            epoch: Of the training.
+            metrics: Numbers of this checkpoint; metadata of its version.
+            at: What in the version is the checkpoint, by default the folder ``checkpoint``, into which a file goes
+                under its name. A file that is given a place is at that very place. The next version has its own
+                checkpoint, and this one no more.
+            whole: It is all of the checkpoint: no other rank has a part, and none is waited for.
+            take: As of `log_asset`, without ``grow``.
+
+        Raises:
+            NotFoundError: There is nothing at ``path``.
+            InvalidInputError: A step, epoch, metric or place that cannot be; an empty folder; one file at a place of
+                its own where other ranks have parts; or a part of a checkpoint on several machines.
+            StorageError: It cannot be read; without ``strict=True`` a full disk, by `Limits`, only warns.
+        """
+        with self._outbox.working():
+            place = CHECKPOINT if at is None else check_path(at)
+            facts = self._check_checkpoint(step, epoch, metrics, place)
+            if take not in ("copy", "move", "link"):
+                raise InvalidInputError(f"take={take!r}: use 'copy', 'move' or 'link'")
+            source = os.fspath(path)
+            name = ""
+            size = 0
+            if os.path.isdir(source):
+                found = walk(source)
+                if not found:
+                    raise InvalidInputError(f"{source} holds no files: a checkpoint has one at least")
+                size = sum(file.stat.st_size for file in found)
+                inside = {file.path: check_path(f"{place}/{file.path}") for file in found}
+            else:
+                name = check_path(os.path.basename(os.path.abspath(source) if at is None else place))
+                inside = {name: check_path(f"{place}/{name}") if at is None else place}
+                if at is not None and not whole and len(self._savers) > 1:
+                    raise InvalidInputError(
+                        f"at={at!r}: one file is all of the checkpoint there: say whole=True, or hand over a folder "
+                        "from each rank"
+                    )
+                with suppress(OSError):  # whoever opens it says what is wrong
+                    size = os.stat(source).st_size
+            moved: list[str] = []
+
+            def own() -> list[File]:
+                folder, sizes, gone = self._take_checkpoint(source, step, take, name)
+                moved[:] = gone
+                return [File(path=inside[n], source=f"{folder}/{n}", size=size) for n, size in sizes.items()]
+
+            handle = self._hand_over_checkpoint(
+                place, size, own, step=step, epoch=epoch, metrics=facts, place=place, whole=whole
             )
-            if size is None:
-                return self._outbox.skipped()
-            self._size_guess = size
-            handle = self._outbox.hand_over(
-                list(self._backends),
-                size,
-                CheckpointEntry,
-                step=step,
-                epoch=epoch,
-                metrics=facts,
-                files=[File(path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=size)],
-                best=saver.best,
-                keep_local=saver.keep_local,
-            )
-            if not self._backends:
-                self._prune()
+            if handle.state != "skipped":
+                drop(moved)
             return handle
+
+    def _check_checkpoint(
+        self, step: Any, epoch: Any, metrics: Mapping[str, Any] | None, place: str = CHECKPOINT
+    ) -> dict[str, Any]:
+        """The metrics, clean; raises `InvalidInputError` of what no checkpoint can be called with."""
+        check_step(step)
+        if epoch is not None:
+            check_step(epoch, "epoch")
+        facts = clean_metadata(metrics)
+        if "checkpoint" in facts:
+            raise InvalidInputError("metrics['checkpoint']: that name tells where the checkpoint is; use another one")
+        clean_metadata({**facts, "step": step, "epoch": epoch, "checkpoint": place})  # together they are the version's
+        if self.rank not in self._savers:
+            raise InvalidInputError(
+                "parts of a checkpoint on several machines are not supported yet: save a whole state on rank 0 only"
+            )
+        return facts
+
+    def _hand_over_checkpoint(self, what: str, size: int, own: Callable[[], list[File]], **fields: Any) -> Handle:
+        """Let the loggers hand over what they have, then this rank's files, which ``own`` makes the run's."""
+        self._loggers.tell(lambda logger: logger.flush())
+        files = self._outbox.make_room(what, size, own)
+        if files is None:
+            return self._outbox.skipped()
+        saver = self._saver
+        waits = sum(file.size for file in files)
+        fields |= {"files": files, "best": saver.best, "keep_local": saver.keep_local}
+        handle = self._outbox.hand_over(list(self._backends), waits, CheckpointEntry, **fields)
+        if handle.state == "skipped":
+            drop(self._directory.source(file.source) for file in files)
+        if not self._backends:
+            self._prune()
+        return handle
 
     def maybe_checkpoint(
         self,
@@ -533,6 +611,21 @@ class Run:
             folder = os.path.join(self._directory.checkpoints, f"step-{step}.{turn}")
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         return path
+
+    def _take_checkpoint(
+        self, source: str, step: int, take: Literal["copy", "move", "link"], name: str
+    ) -> tuple[str, dict[str, int], list[str]]:
+        """Own files of others in a folder that is theirs alone, whole or not at all: the folder, and as `take_all`."""
+        scratch = os.path.join(self._directory.unfinished(self.rank), "taken")
+        os.makedirs(os.path.dirname(scratch), mode=0o700, exist_ok=True)
+        sizes, moved = take_all(source, scratch, take, name=name)
+        folder = first = os.path.join(self._directory.checkpoints, f"step-{step}.rank{self.rank}")
+        turn = 1
+        while os.path.lexists(folder):
+            turn += 1
+            folder = f"{first}.{turn}"
+        os.rename(scratch, folder)
+        return self._directory.relative(folder), sizes, moved
 
     def _prune(self) -> None:
         """Without backends nobody else removes old checkpoints; one more stays while other ranks may lag."""

@@ -17,7 +17,7 @@ from mandapa.errors import InvalidInputError, MandapaError, NotFoundError, Stora
 from mandapa.run.directory import RunDirectory
 from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry
 
-__all__ = ["Staging", "drop_links", "plain_view", "release", "sweep"]
+__all__ = ["Staging", "drop", "drop_links", "plain_view", "release", "sweep", "take_all"]
 
 _STAGED = re.compile(r"([0-9]+)-([0-9]+)-[0-9]+(?:\.grows)?")
 
@@ -85,31 +85,9 @@ class Staging:
         With ``move`` nothing is taken away before all is taken over. What a symlink leads to stays where it is.
         """
         target = self._new(take)
-        size = 0
-        moved = []
-        try:
-            os.mkdir(target, 0o700)
-            root = os.path.realpath(path)
-            for found in walk(path):
-                inside = os.path.join(target, found.path)
-                os.makedirs(os.path.dirname(inside), mode=0o700, exist_ok=True)
-                way = take
-                if take == "move":
-                    here = os.path.dirname(os.path.join(root, found.path))
-                    own = os.path.realpath(os.path.dirname(found.source)) == here
-                    way = "link" if own and not os.path.islink(found.source) else "copy"
-                    moved += [found.source] * own
-                size += _take_file(found.source, inside, way)
-        except OSError as error:
-            _remove(target)
-            raise _explain(error, path) from error
-        except InvalidInputError:
-            _remove(target)
-            raise
-        for source in moved:
-            with suppress(OSError):  # what may not be taken away stays, too
-                os.unlink(source)
-        return target, size
+        sizes, moved = take_all(path, target, take)
+        drop(moved)
+        return target, sum(sizes.values())
 
     def grow(self, path: str) -> tuple[str, int]:
         """A file that only grows, as it is now; a link keeps it from being deleted. Raises as `take`."""
@@ -140,6 +118,56 @@ def plain_view(data: bytes | bytearray | memoryview) -> memoryview:
     """The same bytes, one after the other."""
     view = memoryview(data)
     return view.cast("B") if view.c_contiguous and view.nbytes else memoryview(view.tobytes())
+
+
+def take_all(
+    path: str, folder: str, take: Literal["copy", "move", "link"], *, name: str = ""
+) -> tuple[dict[str, int], list[str]]:
+    """Own the files of a folder, symlinks read as what they lead to, or one file, in the new folder ``folder``.
+
+    Args:
+        path: The folder; or, with ``name``, the file.
+        folder: Not there yet; its parent is.
+        take: ``move`` takes nothing away: the caller does, when all is safe.
+        name: Of the one file, in ``folder``.
+
+    Returns:
+        The bytes of each file, by its path in ``folder``; and what to `drop` then. What a symlink leads to is not
+        among that.
+
+    Raises:
+        NotFoundError, StorageError, InvalidInputError: As `Staging.take`, and what `walk` raises; nothing is left
+            behind.
+    """
+    sizes: dict[str, int] = {}
+    moved: list[str] = []
+    try:
+        os.mkdir(folder, 0o700)
+        root = os.path.realpath(path)
+        for inside, source in [(name, path)] if name else [(found.path, found.source) for found in walk(path)]:
+            target = os.path.join(folder, inside)
+            os.makedirs(os.path.dirname(target), mode=0o700, exist_ok=True)
+            way = take
+            if take == "move":
+                here = os.path.dirname(os.path.join(root, inside))
+                own = bool(name) or os.path.realpath(os.path.dirname(source)) == here
+                way = "link" if own and not os.path.islink(source) else "copy"
+                moved += [source] * own
+            sizes[inside] = _take_file(source, target, way)
+    except OSError as error:
+        _remove(folder)
+        raise _explain(error, path) from error
+    except InvalidInputError:
+        _remove(folder)
+        raise
+    return sizes, moved
+
+
+def drop(paths: Iterable[str]) -> None:
+    """Delete files that were moved; one that may not be taken away stays, too."""
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def sweep(directory: RunDirectory, rank: int, journal: Iterable[Entry]) -> None:

@@ -15,7 +15,11 @@ from mandapa.cli.text import clean, count, size
 from mandapa.errors import AccessDeniedError, ConflictError, MandapaError, StorageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mandapa.run.backend import Backend
     from mandapa.run.directory import RunDirectory
+    from mandapa.run.logger import BackendSpec
     from mandapa.run.status import BackendStatus, RunStatus
 
 __all__ = ["COMMANDS"]
@@ -41,7 +45,12 @@ def status(session: Session, directory: str) -> int:
         session.emit(_value(run), lambda run=run: _text(run))  # type: ignore[misc]
     safe = all(run.safe for run in found)
     if not session.json:
-        click.echo("all is committed: this machine may go" if safe else "not all is committed: this machine must stay")
+        if safe:
+            click.echo("all is committed: this machine may go")
+        elif all(run.committed for run in found):
+            click.echo("what W&B recorded offline is only here: this machine must stay")
+        else:
+            click.echo("not all is committed: this machine must stay")
     return 0 if safe else 1
 
 
@@ -54,7 +63,7 @@ def sync(session: Session, directory: str, timeout: float | None) -> None:
     """Commit what runs on this machine have left. DIR is as for 'status'.
 
     Credentials come from where the cloud's own tools take them: those that a script passed are written nowhere. Can be
-    stopped at any moment and called again.
+    stopped at any moment and called again. What W&B has recorded offline, 'wandb sync' sends.
     """
     from mandapa.run.directory import RunDirectory
     from mandapa.run.status import look
@@ -62,11 +71,11 @@ def sync(session: Session, directory: str, timeout: float | None) -> None:
     failure: Exception | None = None
     for run in RunDirectory.find(directory):
         before = look(run)
-        if not before.safe:
+        if not before.committed:
             _sync(run, timeout, sum(backend.pending_bytes for backend in before.backends))
         after = look(run)
         session.emit(_value(after), lambda after=after: _text(after))  # type: ignore[misc]
-        if not after.safe:
+        if not after.committed:
             failure = _failure(run, after)
     if failure is not None:
         raise failure
@@ -76,7 +85,7 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
     """Do an uploader's work here; where one is at work already, ask that one and wait."""
     import threading
 
-    from mandapa.run.backend import spec_from
+    from mandapa.run.backend import WANDB, spec_from
     from mandapa.run.process import end_uploader
     from mandapa.run.status import look
     from mandapa.run.uploader import Uploader, saved_backends
@@ -91,7 +100,7 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
             now = sum(backend.pending_bytes for backend in found.backends)
             bar(max(left - now, 0))
             left = now
-            return found.safe
+            return found.committed
 
         def in_time() -> bool:
             return give_up is None or time.monotonic() < give_up
@@ -100,7 +109,7 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
         while in_time():
             if lock.take():
                 specs = {key: spec_from(value) for key, value in saved_backends(run).items()}
-                uploader = Uploader(run, specs, once=True)
+                uploader = Uploader(run, specs, make={WANDB: _wandb}, once=True)
                 work = threading.Thread(target=uploader.run, daemon=True)
                 work.start()
                 while work.is_alive() and in_time():
@@ -120,6 +129,12 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
                 time.sleep(_TICK)
 
 
+def _wandb(spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None]) -> Backend:
+    from mandapa.loggers.wandb import WandbBackend
+
+    return WandbBackend(spec, directory, tell)
+
+
 def _failures(run: RunDirectory) -> dict[str, int]:
     """How often the uploader has failed at each backend since its last commit there."""
     from mandapa.run.directory import read_json
@@ -133,7 +148,7 @@ def _has_failed(run: RunDirectory, *, since: dict[str, int]) -> bool:
     from mandapa.run.status import look
 
     found, failures = look(run), _failures(run)
-    pending = [backend.key for backend in found.backends if backend.pending]
+    pending = [backend.key for backend in found.backends if backend.pending and backend.key in failures]
     return not found.live and bool(pending) and all(failures.get(key, 0) > since.get(key, 0) for key in pending)
 
 
@@ -164,7 +179,7 @@ def _hint(backend: BackendStatus) -> str:
 
 
 def _value(run: RunStatus) -> dict[str, Any]:
-    return {**asdict(run), "safe": run.safe}
+    return {**asdict(run), "committed": run.committed, "safe": run.safe}
 
 
 def _text(run: RunStatus) -> str:
@@ -177,9 +192,10 @@ def _text(run: RunStatus) -> str:
         waits = f"{count(backend.pending, 'thing')} waiting, {size(backend.pending_bytes)}"
         committed = backend.committed or f"{backend.artifact}, no version yet"
         lines.append(f"  {clean(committed)}  {waits if backend.pending else 'all committed'}  {_near(backend.store)}")
+        lines += [f"    W&B has none of it yet: wandb sync {_near(folder)}" for folder in backend.unsent]
         if backend.error:
             lines.append(f"    last error: {clean(backend.error)}")
-    if not run.safe and not run.uploading:
+    if not run.committed and not run.uploading:
         lines.append(f"  nobody is committing this: mandapa sync {_near(run.path)}")
     return "\n".join(lines)
 

@@ -12,9 +12,18 @@ if TYPE_CHECKING:
     from mandapa.loggers.file import FileLogger
     from mandapa.loggers.object_store import ObjectStoreLogger
     from mandapa.loggers.tensorboard import TensorboardLogger
+    from mandapa.loggers.wandb import WandBLogger
     from mandapa.run.logger import BackendLogger, BackendSpec, Logger
 
-__all__ = ["BackendLogger", "BackendSpec", "FileLogger", "Logger", "ObjectStoreLogger", "TensorboardLogger"]
+__all__ = [
+    "BackendLogger",
+    "BackendSpec",
+    "FileLogger",
+    "Logger",
+    "ObjectStoreLogger",
+    "TensorboardLogger",
+    "WandBLogger",
+]
 
 _LAZY = {
     "BackendLogger": "mandapa.run.logger",
@@ -23,6 +32,7 @@ _LAZY = {
     "Logger": "mandapa.run.logger",
     "ObjectStoreLogger": "mandapa.loggers.object_store",
     "TensorboardLogger": "mandapa.loggers.tensorboard",
+    "WandBLogger": "mandapa.loggers.wandb",
 }
 
 

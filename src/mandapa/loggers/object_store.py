@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from mandapa.errors import InvalidInputError
 from mandapa.object_store import ObjectStore
-from mandapa.run.logger import BackendLogger, BackendSpec
+from mandapa.run.logger import BackendLogger, BackendSpec, artifact_name
 
 __all__ = ["ObjectStoreLogger"]
 
@@ -57,16 +56,7 @@ class ObjectStoreLogger(BackendLogger):
 
     def spec(self, run_name: str) -> BackendSpec:
         """Where versions of that run go; nothing is opened."""
-        try:
-            fields = {name for _, name, _, _ in string.Formatter().parse(self._artifact) if name is not None}
-            artifact = self._artifact.format(run_name=run_name)
-        except (KeyError, ValueError, IndexError, AttributeError, TypeError):
-            fields = {"?"}
-        if not fields <= {"run_name"}:
-            raise InvalidInputError(
-                f"artifact={self._artifact!r}: it may hold {{run_name}}, and nothing else in braces"
-            )
-        return BackendSpec(self._store, self._options, artifact)
+        return BackendSpec(self._store, self._options, artifact_name(self._artifact, run_name))
 
     def wants(self, path: str) -> bool:
         """What ``should_log_asset`` says."""

@@ -134,6 +134,8 @@ class Committer:
     def stop(self, patience: float) -> None:
         """Wait until the thread has seen that the uploader stops; one that hangs in a store is left behind."""
         self._thread.join(patience)
+        if not self._thread.is_alive():
+            self._backend.close()
 
     def _work(self) -> None:
         """Work until the uploader stops; whatever fails is tried again, after longer and longer pauses."""

@@ -10,6 +10,7 @@ import socket
 import stat
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from mandapa.format.strict import FORMAT, check_name
 __all__ = ["Lock", "RunDirectory", "read_json", "write_json"]
 
 _RANK = re.compile(r"rank([0-9]{1,7})\.lock")
+_LOG_MAX = 4 << 20
 _PATIENCE = 1.0  # seconds; somebody who only looks holds a lock for microseconds
 
 
@@ -247,6 +249,22 @@ class RunDirectory:
         """Where a backend is, without secrets."""
         return os.path.join(self.backends, f"{key}.json")
 
+    def kept(self, key: str) -> str:
+        """Where a backend keeps what it needs for itself."""
+        return os.path.join(self.inner, "kept", key)
+
+    def note(self, line: str) -> None:
+        """Write a line, which holds no secrets, into the uploader's log; a full disk is no trouble."""
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        with suppress(OSError):
+            fd = os.open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.fstat(fd).st_size > _LOG_MAX:
+                    os.ftruncate(fd, 0)
+                os.write(fd, f"{now} {line}\n".encode(errors="replace"))
+            finally:
+                os.close(fd)
+
     def unfinished(self, rank: int) -> str:
         """Where a rank's checkpoint is while it is written."""
         return os.path.join(self.checkpoints, f".rank{rank}")
@@ -282,9 +300,9 @@ def write_json(path: str, value: Any, *, durable: bool = False) -> None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The object in a small file; empty when there is none, or none that can be read."""
+    """The object in a file of 64 MB at most; empty when there is none, or none that can be read."""
     with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError), open(path, "rb") as file:
-        found = msgspec.json.decode(file.read(4 << 20))
+        found = msgspec.json.decode(file.read(64 << 20))
         if isinstance(found, dict):
             return found
     return {}

@@ -77,15 +77,15 @@ class Inside:
         looked = time.monotonic()
         while not self._hub.stopping:
             time.sleep(_TICK)
-            changed = False
+            some = False
             now = time.monotonic()
             if now - looked >= _LIVENESS:
                 looked = now
                 live = self._follower.living()
-                self._follower.read()
-                changed = self._follower.set_living(live) | self._follower.read_request()
-            some, _ = self._follower.read()
-            if some or changed:
+                some |= self._follower.read()[0]
+                some |= self._follower.set_living(live) | self._follower.read_request()
+            some |= self._follower.read()[0]
+            if some:
                 with self._hub.changed:
                     self._hub.changed.notify_all()
             if self._drop() and self._hub.urgent:

@@ -55,6 +55,8 @@ class Listeners:
         for logger in self._loggers:
             if isinstance(logger, BackendLogger):
                 spec = logger.spec(run_name)
+                if spec is None:
+                    continue
                 check_name(spec.artifact)
                 key = key_of(spec)
                 if key in found:
@@ -68,10 +70,11 @@ class Listeners:
             self._call(logger, lambda logger: logger.open(run), raises=InvalidInputError)
             self._opened.append(logger)
 
-    def tell(self, hook: Callable[[Logger], None]) -> None:
-        """Call each of them."""
+    def tell(self, hook: Callable[[Logger], None], *, backends: bool = True, makers: bool = True) -> None:
+        """Call each of them, or only those that make assets, or only the backends."""
         for logger in self._loggers:
-            self._call(logger, hook)
+            if backends if isinstance(logger, BackendLogger) else makers:
+                self._call(logger, hook)
 
     def abandon(self) -> None:
         """Close those that were opened, whatever they say: there is an error already."""

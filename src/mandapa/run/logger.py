@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import string
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-__all__ = ["BackendLogger", "BackendSpec", "Logger", "RunContext", "Take"]
+from mandapa.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from mandapa.run.backend import Backend
+    from mandapa.run.directory import RunDirectory
+
+__all__ = ["BackendLogger", "BackendSpec", "Logger", "RunContext", "Take", "artifact_name"]
 
 Take = Literal["copy", "move", "link", "grow"]
 """How the bytes of a file are taken over: see `mandapa.Run.log_asset`."""
@@ -85,7 +92,7 @@ class BackendSpec:
     """
 
     store: str
-    """A URL, or ``module:class`` of an object store."""
+    """A URL, or ``module:class`` of an object store; ``wandb``: W&B, to which the training process itself commits."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keywords for the store; may hold secrets, so it reaches the uploader by a pipe only."""
     artifact: str = ""
@@ -95,6 +102,8 @@ class BackendSpec:
 class BackendLogger(Logger):
     """Takes assets and makes versions of them elsewhere; the work is done by the uploader process.
 
+    Its `close` comes last, when all is committed or has been given up.
+
     Example:
         >>> class TeamStore(BackendLogger):
         ...     def spec(self, run_name):
@@ -103,8 +112,8 @@ class BackendLogger(Logger):
         'resnet-7'
     """
 
-    def spec(self, run_name: str) -> BackendSpec:
-        """Where versions of that run go.
+    def spec(self, run_name: str) -> BackendSpec | None:
+        """Where versions of that run go; None: nowhere.
 
         Raises:
             InvalidInputError: That can never work; the message says why.
@@ -114,3 +123,25 @@ class BackendLogger(Logger):
     def wants(self, path: str) -> bool:
         """Whether the asset at that path in the version is logged here."""
         return True
+
+    def backend(self, spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None]) -> Backend | None:
+        """What commits there from within this process; None, as for all object stores: the uploader does.
+
+        Asked for after `open`; ``tell`` takes a line about what happens.
+        """
+        return None
+
+
+def artifact_name(pattern: str, run_name: str) -> str:
+    """An artifact's name, in which ``{run_name}`` may stand.
+
+    Raises:
+        InvalidInputError: Anything else in braces.
+    """
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+        if fields <= {"run_name"}:
+            return pattern.format(run_name=run_name)
+    except (KeyError, ValueError, IndexError, AttributeError, TypeError):
+        pass
+    raise InvalidInputError(f"artifact={pattern!r}: it may hold {{run_name}}, and nothing else in braces")

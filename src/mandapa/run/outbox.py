@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from mandapa.errors import ClosedError, MandapaError, StorageError
 from mandapa.run.directory import RunDirectory, read_json
 from mandapa.run.handle import Handle
+from mandapa.run.inside import Inside
 from mandapa.run.journal import ENTRIES, AssetEntry, BeginEntry, CommitEntry, EndEntry, Entry, File, Journal
 from mandapa.run.limits import Limits
 from mandapa.run.logger import Take
@@ -72,6 +73,8 @@ class Outbox:
         self._closed = False
         self._attempt = 0  # none has begun
         self._beat = time.monotonic()
+        self.inside: Inside | None = None
+        """What commits from within this process."""
         self._waiting: dict[int, tuple[Sequence[str], int]] = {}  # number -> backends, bytes
         self._waiting_bytes = 0
 
@@ -301,7 +304,7 @@ class Outbox:
             if at - self._beat >= _HEARTBEAT:
                 self.check_uploader()
                 if hopeless:
-                    backends = self.uploader_status().get("backends", {}).values()
+                    backends = self.reports().values()
                     failing = (failing or at) if backends and not any(map(_hopeful, backends)) else None
                     if failing is not None and at - failing >= _HOPELESS:
                         return False
@@ -313,6 +316,11 @@ class Outbox:
     def uploader_status(self) -> dict[str, Any]:
         """What the uploader last said."""
         return read_json(self._directory.status) if self.keys else {}
+
+    def reports(self) -> dict[str, dict[str, Any]]:
+        """How far each backend is, as far as it is known: ``state``, ``error``, ``committed``, ``pending``, ..."""
+        found = self.uploader_status().get("backends", {}) | (self.inside.reports() if self.inside else {})
+        return {key: found[key] for key in self.keys if key in found}
 
     def check_uploader(self) -> None:
         """See to it that there is an uploader, and tell of what it could not do.
@@ -327,8 +335,7 @@ class Outbox:
             self._uploader.ensure()
         except StorageError as error:
             self._troubles.report(str(error))
-        backends = self.uploader_status().get("backends", {})
-        for backend in [backends[key] for key in self.keys if key in backends]:
+        for backend in self.reports().values():
             said = [backend.get(what, {}).get("message") for what in ("error", "refused")]
             said += [backend.get("strangers"), *backend.get("lost", ())]
             for message in filter(None, said):
@@ -343,7 +350,8 @@ def now() -> str:
 def _hopeful(backend: Mapping[str, Any]) -> bool:
     """Whether a backend, as the uploader tells of it, may still commit something."""
     refused = backend.get("refused", {}).get("count", 0)
-    return backend.get("state") == "ok" and not (refused and backend.get("pending", 0) <= refused)
+    pending = backend.get("pending", 0)
+    return backend.get("state") == "ok" and pending > refused
 
 
 def _is_full(error: Exception) -> bool:

@@ -23,12 +23,13 @@ from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.strict import check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.repository.urls import check_facts, check_url
-from mandapa.run.backend import CHECKPOINT, public
+from mandapa.run.backend import CHECKPOINT, WANDB, public, spec_from
 from mandapa.run.checkpoints import Checkpoint, save_state
 from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
 from mandapa.run.handle import Handle, together
 from mandapa.run.hparams import diff, from_yaml, plain, to_yaml
+from mandapa.run.inside import Inside
 from mandapa.run.journal import ENTRIES, ArtifactEntry, CheckpointEntry, File, JournalReader, UrlEntry, UseEntry
 from mandapa.run.launch import join
 from mandapa.run.limits import Limits
@@ -48,6 +49,7 @@ ACCESS_PATIENCE = 10.0
 """Seconds until a store must have answered before training starts."""
 
 _FOREVER = 1e9  # seconds
+_STOP = 0.5  # seconds for a commit of this process that is under way
 
 _open_runs: dict[tuple[str, int], Run] = {}
 
@@ -147,7 +149,7 @@ class Run:
             limits = {name: min(seconds, _FOREVER) for name, seconds in times.items()}  # JSON knows no infinity
             config = {"backends": [value for _, value in self._backends.values()], "limits": limits}
             uploader = UploaderProcess(directory, msgspec.json.encode(config))
-            known = uploader.begin(ACCESS_PATIENCE, self._backends.keys()).get("backends", {})
+            known = uploader.begin(ACCESS_PATIENCE, self._stores.keys()).get("backends", {})
             for key in self._backends.keys() - known.keys():  # which an uploader that is not there yet has not noted
                 write_json(directory.backend(key), public(self._backends[key][1]), durable=True)
             self._check_access(known)
@@ -178,16 +180,38 @@ class Run:
         outbox.begin(launch.attempt, launch=launch.id, local_ranks=self._savers, base=launch.base, fresh=launch.fresh)
         self._closed = False
         _open_runs[self.dir, self.rank] = self
-        atexit.register(self._at_exit)
         resumed = self.latest_checkpoint()
         if resumed is not None and self._saver.every is not None:
             self._saver.every.start(resumed.step)
         self._facts = self._gather(resumed)
         self._write_facts("running")
         self._loggers.open(self)
+        atexit.register(self._at_exit)  # after what a logger has registered: it is called before that
+        self._work_inside()
         self.log_hparams(given)
         if resumed is not None and given and former is not None and (lines := diff(former, self._hparams)):
             self._troubles.warn(f"hyperparameters differ from those of the run so far: {'; '.join(lines[:20])}")
+
+    @property
+    def _stores(self) -> dict[str, dict[str, Any]]:
+        """The backends that the uploader commits to."""
+        return {key: value for key, (_, value) in self._backends.items() if value["store"] != WANDB}
+
+    def _work_inside(self) -> None:
+        """Begin to commit to the backends that live in this process."""
+        inside = {}
+        for key, (logger, value) in self._backends.items():
+            spec = spec_from(value)
+            backend = logger.backend(spec, self._directory, self._note)
+            if backend is not None:
+                inside[key] = (spec, backend)
+        if inside:
+            every = min(self._limits.commit_every, _FOREVER)
+            self._outbox.inside = Inside(self._directory, inside, commit_every=every, tell=self._note)
+            self._outbox.inside.start()
+
+    def _note(self, line: str) -> None:
+        self._directory.note(redact(line))
 
     def _abandon(self) -> None:
         """End what has begun, without waiting for anything."""
@@ -203,7 +227,7 @@ class Run:
 
     def _check_access(self, known: Mapping[str, Mapping[str, Any]]) -> None:
         """Refuse to train where a backend refused us; one that does not answer may come back."""
-        for key, (_, value) in self._backends.items():
+        for key, value in self._stores.items():
             backend = known.get(key, {})
             error = backend.get("error", {})
             if backend.get("state") in ("refused", "failed"):
@@ -421,9 +445,9 @@ class Run:
         """
         with self._outbox.working():
             parsed = parse_address(address)
-            if not self._backends:
-                raise InvalidInputError("use() reads from the place of the first backend logger: give the run one")
-            _, value = next(iter(self._backends.values()))
+            value = next(iter(self._stores.values()), None)
+            if value is None:
+                raise InvalidInputError("use() reads from the place of the first ObjectStoreLogger: give the run one")
             patterns = None if only is None else [only] if isinstance(only, str) else list(only)
             name = f"{parsed.name}-{parsed.ref}{f'~{parsed.back}' if parsed.back else ''}"
             target = os.path.join(self.dir, "inputs", name) if dest is None else os.fspath(dest)
@@ -657,7 +681,7 @@ class Run:
         far as this process knows. ``backends``: what each is at (``state``, ``error``, ``committed``, ``pending``).
         """
         with self._outbox.working():
-            outbox, told = self._outbox, self._outbox.uploader_status()
+            outbox, told, reports = self._outbox, self._outbox.uploader_status(), self._outbox.reports()
             done = [progress.look().done.highest(self.rank) for progress in outbox.progress.values()]
             return {
                 "run": self.name,
@@ -666,7 +690,7 @@ class Run:
                 "durable": told.get("durable", {}).get(str(self.rank), 0),
                 "committed": min(done, default=0),
                 "safe": not outbox.waiting(),
-                "backends": {key: told.get("backends", {}).get(key, {}) for key in self._backends},
+                "backends": {key: reports.get(key, {}) for key in self._backends},
             }
 
     def close(self, timeout: float | None = None) -> bool:
@@ -689,7 +713,7 @@ class Run:
         atexit.unregister(self._at_exit)
         _open_runs.pop((self.dir, self.rank), None)
         try:
-            self._loggers.tell(lambda logger: logger.close())
+            self._loggers.tell(lambda logger: logger.close(), backends=False)
             with suppress(StorageError):  # a full disk, of which it has warned
                 self._write_facts(status)
             if not (done := self._outbox.end(status, timeout)):
@@ -698,7 +722,12 @@ class Run:
                     f"'mandapa status {self.dir}' says when the machine may go"
                 )
         finally:
-            self._rank_lock.release()
+            if self._outbox.inside is not None:
+                self._outbox.inside.stop(_STOP)
+            try:
+                self._loggers.tell(lambda logger: logger.close(), makers=False)
+            finally:
+                self._rank_lock.release()
         return done
 
     def __enter__(self) -> Run:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
+from mandapa.run.backend import WANDB
 from mandapa.run.batches import Feed
 from mandapa.run.committer import size_of, waits
 from mandapa.run.directory import RunDirectory, read_json
@@ -12,7 +14,7 @@ from mandapa.run.journal import ENTRIES, JournalReader
 from mandapa.run.progress import Progress
 from mandapa.run.uploader import saved_backends
 
-__all__ = ["BackendStatus", "RunStatus", "look"]
+__all__ = ["BackendStatus", "RunStatus", "is_unsent", "look"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class BackendStatus:
     """What the uploader last could not do; empty when it could."""
     withheld: tuple[str, ...]
     """Options that were given to the run and are written nowhere, because they are secrets."""
+    unsent: tuple[str, ...] = ()
+    """Folders of offline W&B runs that ``wandb sync`` has not sent yet."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,14 @@ class RunStatus:
     backends: tuple[BackendStatus, ...]
 
     @property
-    def safe(self) -> bool:
+    def committed(self) -> bool:
         """Whether everything that was handed over is committed."""
         return not any(backend.pending for backend in self.backends)
+
+    @property
+    def safe(self) -> bool:
+        """Whether nothing would be lost with this machine: all is committed, and W&B has what it recorded offline."""
+        return self.committed and not any(backend.unsent for backend in self.backends)
 
 
 def look(directory: RunDirectory) -> RunStatus:
@@ -91,6 +100,7 @@ def look(directory: RunDirectory) -> RunStatus:
                 committed=progress.newest,
                 error=str(known.get("error", {}).get("message", "")) if pending else "",
                 withheld=tuple(value.get("withheld", ())),
+                unsent=_unsent(directory, key) if value["store"] == WANDB else (),
             )
         )
     return RunStatus(
@@ -103,8 +113,20 @@ def look(directory: RunDirectory) -> RunStatus:
     )
 
 
+def is_unsent(file: str) -> bool:
+    """Whether W&B's file of an offline run is there, and was not sent: ``wandb sync`` leaves a mark when it has."""
+    return os.path.exists(file) and not os.path.exists(f"{file}.synced")
+
+
+def _unsent(directory: RunDirectory, key: str) -> tuple[str, ...]:
+    offline = read_json(os.path.join(directory.kept(key), "state.json")).get("offline", {})
+    return tuple(os.path.dirname(file) for file in offline if is_unsent(file))
+
+
 def _place(value: dict[str, Any]) -> str:
     store, options = str(value["store"]), value["options"]
+    if store == WANDB:
+        return "/".join(["W&B", *[str(options[name]) for name in ("entity", "project") if options.get(name)]])
     if "://" in store or ":" not in store:
         return store
     where = "/".join(str(options[name]) for name in ("bucket", "container", "path", "prefix") if options.get(name))

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -42,7 +41,6 @@ _LIVENESS = 0.2
 _STATUS = 0.2
 _SYNC = 0.5  # seconds between two rounds of fsync, which hold up whoever makes files on the same disk
 _NICE = 10
-_LOG_MAX = 4 << 20
 
 Make = Callable[[BackendSpec, RunDirectory, Callable[[str], None]], Backend]
 """Makes the backend of a spec; the last argument takes a line for the log."""
@@ -109,16 +107,7 @@ class Uploader:
 
     def tell(self, text: str) -> None:
         """A line for the log, without secrets."""
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        line = f"{now} {redact(text)}\n".encode(errors="replace")
-        with suppress(OSError):
-            fd = os.open(self._directory.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                if os.fstat(fd).st_size > _LOG_MAX:
-                    os.ftruncate(fd, 0)
-                os.write(fd, line)
-            finally:
-                os.close(fd)
+        self._directory.note(redact(text))
 
     def end_soon(self) -> None:
         """The machine is about to go: the newest checkpoint first, then the rest, then the end. For signal handlers."""
@@ -193,7 +182,8 @@ class Uploader:
         self._release()
         self._write_status(last=True)
         if drained and not any(self._hub.feed.live.values()):
-            drop_links(self._directory, self._grown)
+            waiting = [source for entries in self._hub.feed.entries.values() for e in entries for source in _sources(e)]
+            drop_links(self._directory, self._grown.difference(waiting))
         return drained
 
     def _stop(self) -> None:
@@ -275,7 +265,7 @@ class Uploader:
 
     def _done(self) -> dict[str, Intervals]:
         """What each backend has."""
-        others = {key: progress.done for key, progress in self._others.items()}
+        others = {key: progress.look().done for key, progress in self._others.items()}
         return self._idle | others | {key: committer.done for key, committer in self.committers.items()}
 
     # -- telling ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,561 @@
+"""The backend logger for Weights & Biases: metrics, hyperparameters, and a W&B artifact version a commit.
+
+It works in the training process, with W&B's own package: a W&B run belongs to the program.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import importlib
+import importlib.util
+import os
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import msgspec
+
+from mandapa.content.walk import walk
+from mandapa.errors import AccessDeniedError, InvalidInputError, StorageError
+from mandapa.repository.paths import folders_of
+from mandapa.run.backend import CHECKPOINT, WANDB, FolderCommit, Put, key_of
+from mandapa.run.directory import RunDirectory, write_json
+from mandapa.run.journal import ArtifactEntry
+from mandapa.run.logger import BackendLogger, BackendSpec, RunContext, artifact_name
+from mandapa.run.status import is_unsent
+
+__all__ = ["WandBLogger", "WandbBackend"]
+
+_PATIENCE = 60  # seconds until a look at what W&B has not confirmed counts as a failure, and is made again
+_FINISH = 60.0  # seconds that W&B's end is waited for
+_INIT = 10.0  # seconds until W&B's server must have answered
+_FLUSH = 0.5  # seconds until W&B has written what it was given into its file
+_TICK = 0.1
+_KEYS_MAX = 90  # of an artifact's metadata; W&B takes 100
+
+
+class WandBLogger(BackendLogger):
+    """Sends metrics and hyperparameters to a W&B run, and makes a W&B artifact version of each commit.
+
+    A version has all assets of the run's folder as they were then: files, and URLs as references, of which nothing is
+    fetched. It is of type ``model``, its aliases are ``latest`` and ``best``, its metadata that of the checkpoint.
+
+    It joins the W&B run that the program has, or makes one whose id is the run's name, so that a run that is started
+    again goes on in it. W&B's own environment variables and ``init_kwargs`` go before everything that is said here:
+    ``WANDB_MODE=offline`` works offline, ``WANDB_MODE=disabled`` does nothing. W&B's folders are in the run's
+    directory, unless ``WANDB_DIR``, ``WANDB_CACHE_DIR`` or ``WANDB_DATA_DIR`` say otherwise.
+
+    What W&B has not confirmed stays in the run's directory; the next start of the run, or ``mandapa sync``, logs it
+    again. Confirmed means: by the server that it has all files; offline, that it is in W&B's file, from which
+    ``wandb sync`` sends it. Metrics are in W&B's hands alone.
+
+    Only rank 0 talks to W&B; artifacts have the assets of all ranks.
+
+    Args:
+        project: Of W&B; None: what W&B takes by itself (``WANDB_PROJECT``).
+        log_artifacts: False: only metrics and hyperparameters.
+        artifact: The artifact's name; may hold ``{run_name}``.
+        init_kwargs: Further arguments of ``wandb.init``.
+
+    Raises:
+        InvalidInputError: The package wandb is not installed, or the name can be none of an artifact.
+
+    Example:
+        >>> logger = WandBLogger("vision", init_kwargs={"group": "resnets"})  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        *,
+        log_artifacts: bool = True,
+        artifact: str = "{run_name}",
+        init_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise InvalidInputError("WandBLogger needs the package wandb: pip install 'mandapa[wandb]'")
+        artifact_name(artifact, "run")
+        self._kwargs = {**({} if project is None else {"project": project}), **(init_kwargs or {})}
+        self._artifact = artifact
+        self._log_artifacts = log_artifacts
+        self._session: _Session | None = None
+        self._failed = False
+
+    def spec(self, run_name: str) -> BackendSpec | None:
+        """Where versions of that run go; None when W&B gets none."""
+        if not self._log_artifacts or _mode(self._kwargs) == "disabled":
+            return None
+        where = {
+            "project": str(self._kwargs.get("project") or os.environ.get("WANDB_PROJECT", "")),
+            "entity": str(self._kwargs.get("entity") or os.environ.get("WANDB_ENTITY", "")),
+        }
+        return BackendSpec(WANDB, where, artifact_name(self._artifact, run_name))
+
+    def open(self, run: RunContext) -> None:
+        """Join the W&B run of the program, or make one.
+
+        Raises:
+            InvalidInputError: W&B has no API key, or refuses it, or its arguments.
+            StorageError: W&B does not answer; what is to become artifacts waits.
+        """
+        if run.rank == 0:
+            self._session = _Session(run.name, run.dir, self._kwargs)
+            try:
+                self._session.open(program=True)
+            except AccessDeniedError as error:
+                raise InvalidInputError(str(error)) from error
+
+    def backend(self, spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None]) -> WandbBackend | None:
+        """What commits to W&B; None on other ranks than 0."""
+        return None if self._session is None else WandbBackend(spec, directory, tell, self._session)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Goes to the W&B run, which keeps what it gets for a step until a later one begins; steps only go up."""
+        if self._session is not None and self._session.run is not None:
+            self._session.run.log(dict(metrics), step=step)
+
+    def log_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Becomes the configuration of the W&B run."""
+        if self._session is not None and self._session.run is not None:
+            self._session.run.config.update(dict(hparams), allow_val_change=True)
+
+    def log_failure(self, text: str) -> None:
+        """The W&B run ends as failed."""
+        self._failed = True
+
+    def close(self) -> None:
+        """End the W&B run, if it is ours."""
+        if self._session is not None:
+            self._session.finish(1 if self._failed else 0)
+            self._session = None
+
+
+class _Session:
+    """The W&B run that artifacts, metrics and hyperparameters go to.
+
+    Args:
+        name: Of the run.
+        folder: Of the run.
+        kwargs: Arguments of ``wandb.init``.
+    """
+
+    def __init__(self, name: str, folder: str, kwargs: Mapping[str, Any]) -> None:
+        self.run: Any = None
+        self._name = name
+        self._folder = folder
+        self._kwargs = kwargs
+        self._joined = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a W&B run that takes something."""
+        return self.run is not None and not getattr(self.run, "_is_finished", False)
+
+    @property
+    def file(self) -> str:
+        """Where W&B writes what the run gets."""
+        return os.path.abspath(str(self.run.settings.sync_file))
+
+    def open(self, *, program: bool = False) -> None:
+        """Join the program's W&B run, or make one; ``program``: it becomes the program's.
+
+        Raises:
+            AccessDeniedError: No API key, or one that is refused.
+            InvalidInputError: W&B does not take the arguments.
+            StorageError: W&B does not answer.
+        """
+        wandb: Any = importlib.import_module("wandb")
+        current = wandb.run
+        if program and current is not None:
+            self.run, self._joined = current, True
+            return
+        kwargs = {"name": self._name, **self._kwargs, "settings": self._settings(wandb)}
+        if not program:
+            kwargs["reinit"] = "create_new"
+        if "WANDB_RUN_ID" not in os.environ:
+            kwargs.setdefault("id", self._name)
+        if _mode(self._kwargs) != "offline" and "WANDB_RESUME" not in os.environ:
+            kwargs.setdefault("resume", "allow")
+        if "WANDB_DIR" not in os.environ:
+            kwargs.setdefault("dir", self._folder)
+        for name in ("cache", "data"):
+            variable = f"WANDB_{name.upper()}_DIR"
+            if os.environ.get(variable, "") == _ours.get(variable, ""):
+                os.environ[variable] = _ours[variable] = os.path.join(self._folder, "wandb", name)
+        try:
+            self.run, self._joined = wandb.init(**kwargs), False
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            if "key" in str(error).lower():
+                raise AccessDeniedError(
+                    "W&B has no API key: run 'wandb login', set WANDB_API_KEY, or work with WANDB_MODE=offline"
+                ) from error
+            raise InvalidInputError(f"wandb.init: {error}") from error
+        except wandb.errors.Error as error:
+            text = str(error).partition("\n")[0]
+            if "error 401" in text or "error 403" in text:
+                raise AccessDeniedError(f"W&B refuses the API key: {text}") from error
+            raise StorageError(f"W&B does not answer: {text}", retryable=True) from error
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"wandb.init does not take these init_kwargs: {error}") from error
+
+    def _settings(self, wandb: Any) -> Any:
+        """Those that were given; a dict, or none, is completed."""
+        given = self._kwargs.get("settings") or {}
+        if not isinstance(given, Mapping):
+            return given
+        wanted = {"x_transaction_log_flush_interval": _FLUSH, "init_timeout": _INIT, **given}
+        known = getattr(wandb.Settings, "model_fields", wanted)  # of some versions of W&B
+        return {name: value for name, value in wanted.items() if name in known or name in given}
+
+    def finish(self, exit_code: int) -> None:
+        """End the W&B run, unless it is the program's own; W&B may take a minute at most."""
+        run, self.run = self.run, None
+        if run is None or self._joined:
+            return
+        ending = threading.Thread(target=lambda: run.finish(exit_code=exit_code), name="mandapa-wandb", daemon=True)
+        ending.start()
+        ending.join(_FINISH)
+
+
+_ours: dict[str, str] = {}
+"""Environment variables that were set here, and to what."""
+
+
+def _mode(kwargs: Mapping[str, Any]) -> str:
+    """What W&B's own switches say: ``online``, ``offline``, ``disabled``, ..."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    return str(kwargs.get("mode") or os.environ.get("WANDB_MODE") or "online").lower()
+
+
+# -- artifacts ---------------------------------------------------------------------------------------------------------
+
+
+class _Kept(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An asset of the run's folder as W&B has it."""
+
+    size: int | None = None
+    md5: str = ""
+    url: str = ""
+    source: str = ""
+    """Of a file that grows: where it was read."""
+
+
+class _State(msgspec.Struct, omit_defaults=True):
+    """What W&B has of the run's folder, and which W&B run it is."""
+
+    run: dict[str, str] = {}
+    """Arguments of ``wandb.init`` with which the same W&B run is gone on with."""
+    txn: str = ""
+    """Of the newest version."""
+    address: str = ""
+    number: int | None = None
+    place: str = CHECKPOINT
+    best: float | None = None
+    folder: dict[str, _Kept] = {}
+    offline: dict[str, list[str]] = {}
+    """W&B's file of an offline run -> MD5s of the files that it needs until ``wandb sync`` has sent it."""
+
+
+class WandbBackend:
+    """Commits to W&B. W&B reads files after it was told of them: they are kept until it needs them no more.
+
+    Args:
+        spec: The project and the artifact.
+        directory: The run's.
+        tell: Takes a line about what happens.
+        session: The W&B run; by default one of its own, which goes on with the run's.
+    """
+
+    def __init__(
+        self, spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None], session: _Session | None = None
+    ) -> None:
+        self.facts: dict[str, Any] = {}
+        self._spec = spec
+        self._directory = directory
+        self._tell = tell
+        home = directory.kept(key_of(spec))
+        self._files = os.path.join(home, "files")
+        self._path = os.path.join(home, "state.json")
+        os.makedirs(self._files, mode=0o700, exist_ok=True)
+        self._state = self._load()
+        self._program = session is not None
+        self._session = session or _Session(directory.name, directory.path, self._going_on())
+        self._logged: dict[str, tuple[Any, int]] = {}  # transaction -> what W&B gave, and where its file ended
+        self._first = True
+
+    def _load(self) -> _State:
+        try:
+            with open(self._path, "rb") as file:
+                return msgspec.json.decode(file.read(), type=_State)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return _State()
+
+    def _save(self) -> None:
+        try:
+            write_json(self._path, self._state, durable=True)
+        except OSError as error:
+            raise StorageError(f"{self._path} cannot be written: {error.strerror}", retryable=True) from error
+
+    def _going_on(self) -> dict[str, Any]:
+        """For a W&B run that only logs what is left: it says nothing, and watches nothing."""
+        where = {name: value for name, value in self._spec.options.items() if value}
+        quiet = {
+            "silent": True,
+            "console": "off",
+            "x_disable_stats": True,
+            "x_disable_meta": True,
+            "disable_code": True,
+        }
+        kwargs = {**where, **self._state.run, "settings": quiet}
+        if "WANDB_MODE" in os.environ:
+            kwargs.pop("mode", None)
+        return kwargs
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a W&B run."""
+        return bool(self.facts) and self._session.is_open
+
+    def open(self) -> None:
+        """See to it that there is a W&B run. Raises as `_Session.open`."""
+        if not self._session.is_open:
+            self._session.open()
+        run = self._session.run
+        mode = "offline" if run.offline else "online"
+        self._state.run = {"project": run.project or "", "entity": run.entity or "", "id": run.id, "mode": mode}
+        self._save()
+        self.facts["url"] = f"W&B's file {self._session.file}" if run.offline else run.url
+
+    def close(self) -> None:
+        """End the W&B run if it is this backend's own: the program's goes on."""
+        if not self._program:
+            self._session.finish(0)
+
+    # -- commits ------------------------------------------------------------------------------------------------------
+
+    def commit_folder(self, commit: FolderCommit) -> tuple[str, int | None]:
+        """Log the run's folder; returns when W&B has confirmed it.
+
+        Raises:
+            StorageError: W&B does not answer or will not have it, or the disk fails.
+        """
+        state = self._state
+        if state.txn == commit.txn:
+            return state.address, state.number
+        former = state.folder if commit.base is not None else {}
+        folder = dict(former)
+        for place in commit.leaves(state.place):
+            _take_out(folder, place)
+        for url in commit.urls():
+            _put(folder, url.path, _Kept(url=url.url, size=url.size))
+        for file in commit.files():
+            _put(folder, file.path, self._own(file, former.get(file.path)))
+        if folder == former and not commit.parts:
+            return state.address, state.number
+        aliases = ["latest"]
+        best = state.best if commit.base is not None else None
+        value = commit.metadata.get(commit.best[0]) if commit.best is not None else None
+        if isinstance(value, int | float) and commit.best is not None and _is_better(value, best, commit.best[1]):
+            aliases.append("best")
+            best = value
+        artifact = self._make(self._spec.artifact, "model", folder, commit.txn, commit.metadata, commit.message)
+        address = self._log(artifact, commit.txn, aliases, folder)
+        number = 0 if state.number is None else state.number + 1
+        place = commit.parts[0].place if commit.parts and not commit.incomplete else state.place
+        state.folder, state.txn, state.address, state.number = folder, commit.txn, address, number
+        state.place, state.best = place, best
+        self._save()
+        self._prune()
+        return address, number
+
+    def commit_artifact(self, entry: ArtifactEntry, txn_id: str, used: list[str]) -> str:
+        """Log another artifact, of type ``artifact``. Raises as `commit_folder`."""
+        source = self._directory.source(entry.source)
+        folder: dict[str, _Kept] = {}
+        if entry.at is not None:
+            folder[entry.at] = self._own(Put(entry.at, source, os.path.getsize(source)), None)
+        else:
+            for found in walk(source):
+                folder[found.path] = self._own(Put(found.path, found.source, os.path.getsize(found.source)), None)
+        artifact = self._make(entry.name, "artifact", folder, txn_id, entry.metadata, "")
+        address = self._log(artifact, txn_id, ["latest", *entry.aliases], folder)
+        self._save()
+        self._prune()
+        return address
+
+    def _make(
+        self, name: str, kind: str, folder: Mapping[str, _Kept], txn: str, metadata: Mapping[str, Any], message: str
+    ) -> Any:
+        """The artifact, its manifest filled in directly: no copies are made, no reference is looked at."""
+        wandb: Any = importlib.import_module("wandb")
+        entries: Any = importlib.import_module("wandb.sdk.artifacts.artifact_manifest_entry")
+        facts = dict(list(metadata.items())[:_KEYS_MAX])
+        facts["mandapa"] = {"run": self._directory.name, "txn": txn}
+        artifact = wandb.Artifact(name, type=kind, description=message or None, metadata=facts)
+        for path, kept in folder.items():
+            if kept.url:
+                entry = entries.ArtifactManifestEntry(path=path, ref=kept.url, digest=kept.url, size=kept.size)
+            else:
+                entry = entries.ArtifactManifestEntry(
+                    path=path,
+                    digest=base64.b64encode(bytes.fromhex(kept.md5)).decode(),
+                    size=kept.size,
+                    local_path=os.path.join(self._files, kept.md5),
+                    skip_cache=True,
+                )
+            artifact.manifest.add_entry(entry)
+        return artifact
+
+    def _log(self, artifact: Any, txn: str, aliases: list[str], folder: Mapping[str, _Kept]) -> str:
+        """Hand an artifact to W&B and wait until it is confirmed; gives its address."""
+        wandb: Any = importlib.import_module("wandb")
+        exceptions: Any = importlib.import_module("wandb.sdk.artifacts.exceptions")
+        run, file = self._session.run, self._session.file
+        offline = f"{run.project}/{artifact.name}@{artifact.digest[:12]}"
+        first, self._first = self._first, False
+        if first and any(_is_recorded(known, txn) for known in self._state.offline):
+            return offline  # by a process that died before it could say so
+        if txn not in self._logged:
+            if run.offline:  # said before W&B has it, so that what it refers to is not let go
+                needed = [kept.md5 for kept in folder.values() if kept.md5]
+                self._state.offline.setdefault(file, []).extend(needed)
+                self._save()
+            start = os.path.getsize(file) if os.path.exists(file) else 0
+            try:
+                self._logged = {txn: (run.log_artifact(artifact, aliases=aliases), start)}
+            except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
+                raise StorageError(f"W&B does not take the artifact {artifact.name}: {error}") from error
+        logged, start = self._logged[txn]
+        if run.offline:
+            give_up = time.monotonic() + _PATIENCE
+            while not _is_recorded(file, txn, start):
+                if time.monotonic() > give_up:
+                    raise StorageError(f"W&B has not written the artifact into {file}", retryable=True)
+                time.sleep(_TICK)
+            return offline
+        try:
+            logged.wait(timeout=_PATIENCE)
+        except exceptions.WaitTimeoutError as error:
+            raise StorageError("W&B has not confirmed the artifact yet", retryable=True) from error
+        except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
+            self._logged.clear()  # it is logged again
+            raise StorageError(f"W&B does not take the artifact {artifact.name}: {error}", retryable=True) from error
+        return str(logged.qualified_name)
+
+    # -- the files that W&B reads ------------------------------------------------------------------------------------
+
+    def _own(self, put: Put, known: _Kept | None) -> _Kept:
+        """Keep a file under the name of its MD5."""
+        source = put.source if put.grows else ""
+        if known is not None and source and (known.source, known.size) == (source, put.size):
+            return known
+        temporary = os.path.join(self._files, ".new")
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            if put.grows or not _link(put.source, temporary):
+                _copy(put.source, temporary, put.size)
+            with open(temporary, "rb") as file:
+                md5 = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+            os.replace(temporary, os.path.join(self._files, md5))
+        except OSError as error:
+            raise StorageError(f"{put.path} cannot be kept for W&B: {error.strerror}", retryable=True) from error
+        return _Kept(size=put.size, md5=md5, source=source)
+
+    def _prune(self) -> None:
+        """Let go of the files that W&B needs no more."""
+        offline = {file: needed for file, needed in self._state.offline.items() if is_unsent(file)}
+        if offline != self._state.offline:
+            self._state.offline = offline
+            self._save()
+        needed = {kept.md5 for kept in self._state.folder.values()}.union(*offline.values())
+        for name in os.listdir(self._files):
+            if name not in needed:
+                with suppress(OSError):
+                    os.unlink(os.path.join(self._files, name))
+
+
+def _put(folder: dict[str, _Kept], path: str, kept: _Kept) -> None:
+    """Put an asset at its place; a file makes way for a folder, and a folder for a file."""
+    _take_out(folder, path)
+    for above in folders_of([path]):
+        folder.pop(above, None)
+    folder[path] = kept
+
+
+def _take_out(folder: dict[str, _Kept], place: str) -> None:
+    if folder.pop(place, None) is None:
+        for path in [path for path in folder if path.startswith(f"{place}/")]:
+            del folder[path]
+
+
+def _is_better(value: float, than: float | None, mode: str) -> bool:
+    if than is None:
+        return True
+    return value < than if mode == "min" else value > than
+
+
+def _link(source: str, target: str) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
+
+
+def _copy(source: str, target: str, size: int) -> None:
+    with open(source, "rb") as data, open(target, "wb") as copy:
+        left = size
+        while left and (piece := data.read(min(left, 1 << 20))):
+            copy.write(piece)
+            left -= len(piece)
+        if left:
+            raise OSError(errno.EIO, "it is shorter than it was", source)
+
+
+# -- W&B's own file ----------------------------------------------------------------------------------------------------
+# Source: wandb, core/internal/transactionlog and pkg/leveldb: a header of 7 bytes, then a LevelDB log with records of
+# wandb_internal.proto, in blocks of 32 KiB.
+
+_BLOCK = 32 << 10
+_HEADER = struct.Struct("<IHB")  # checksum, length, kind
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+
+
+def _is_recorded(path: str, txn: str, start: int = 0) -> bool:
+    """Whether W&B's file has the artifact of this transaction, whole, in or after the block of ``start``."""
+    needle = txn.encode()
+    return any(needle in record for record in _records(path, start))
+
+
+def _records(path: str, start: int) -> Iterator[bytes]:
+    """The records that are there whole."""
+    parts: list[bytes] | None = None
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(start // _BLOCK * _BLOCK)
+        while block := file.read(_BLOCK):
+            at = _HEADER.size if file.tell() <= _BLOCK else 0  # the file's own header is as long as a record's
+            while at + _HEADER.size <= len(block):
+                checksum, length, kind = _HEADER.unpack_from(block, at)
+                at += _HEADER.size
+                data = block[at : at + length]
+                at += length
+                if kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+                    break  # the rest of the block is empty
+                if zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+                    parts = None
+                    continue
+                if kind in (_FULL, _FIRST):
+                    parts = []
+                if parts is not None:
+                    parts.append(data)
+                    if kind in (_FULL, _LAST):
+                        yield b"".join(parts)
+                        parts = None

@@ -12,11 +12,12 @@ MOSAICML := mosaicml==0.32.1
 
 COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 
-.PHONY: help demo test lint soak bench bench-training clean
+.PHONY: help demo demo-composer test lint soak bench bench-training clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo           train, kill, resume, check and restore a small model (half a minute)'
+	@echo 'make demo-composer  the same with Composer and an S3 server, killed in the second epoch'
 	@echo 'make test           lint, then all tests but the slow ones'
 	@echo 'make lint           ruff, mypy, import-linter'
 	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
@@ -26,6 +27,9 @@ help:
 
 demo: $(VENV)/.demo
 	@$(BIN)/mandapa demo
+
+demo-composer: $(COMPOSER)/.made
+	@$(COMPOSER)/bin/python examples/composer_demo.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check

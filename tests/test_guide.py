@@ -36,7 +36,7 @@ def commands(page):
 def program(page):
     """A page as one program, each line where the page has it, so that a traceback names the page's line.
 
-    Where a console stands, its commands are called; their output and exit code go to files.
+    Where a console stands, its commands, `mandapa` or `python`, are called; their output and exit code go to files.
     """
     lines = []
     for line, language, text in blocks(page):
@@ -45,8 +45,9 @@ def program(page):
             calls = []
             for at, name, command, _ in commands(page):
                 if at == line:
-                    assert command.startswith("mandapa "), command
-                    shell = f"{shlex.quote(sys.executable)} -m mandapa.cli{command.removeprefix('mandapa')}"
+                    tool, _, rest = command.partition(" ")
+                    assert tool in ("mandapa", "python"), command
+                    shell = f"{shlex.quote(sys.executable)} {'-m mandapa.cli ' if tool == 'mandapa' else ''}{rest}"
                     shell = f"({shell}) > {name}.out 2>&1; echo $? > {name}.code"
                     calls.append(f"__import__('subprocess').run({shell!r}, shell=True)")
             code = ["; ".join(calls)]
@@ -62,11 +63,8 @@ def shape(line):
     return re.sub(r"\s+", " ", line).strip().replace("uploader at work", "no uploader")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_a_page_of_the_guide_runs(page, tmp_path):
-    """From top to bottom as one program, without a warning; its commands print lines like those that it shows."""
-    pytest.importorskip("torch")
-    pytest.importorskip("safetensors")
+def check(page, folder, *, warnings="error"):
+    """Run a page from top to bottom as one program; its commands print lines like those that it shows."""
     with serve() as server:
         environment = {
             **os.environ,
@@ -75,18 +73,26 @@ def test_a_page_of_the_guide_runs(page, tmp_path):
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_REGION": "us-east-1",
         }
-        call = [sys.executable, "-W", "error", "-c", program(page)]
-        found = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=250)
+        call = [sys.executable, "-W", warnings, "-c", program(page)]
+        found = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=250)
     assert found.returncode == 0, found.stderr
     for _, name, command, shown in commands(page):
-        out = (tmp_path / f"{name}.out").read_text()
-        code = int((tmp_path / f"{name}.code").read_text())
+        out = (folder / f"{name}.out").read_text()
+        code = int((folder / f"{name}.code").read_text())
         printed = {shape(line) for line in out.splitlines()}
         strange = [line for line in shown if line.strip() != "..." and shape(line) not in printed]
         assert not strange, f"{page}.md, {name}: {command} printed\n{out}"
         assert code == 0 or (code == 1 and "mandapa status" in command), (
             f"{page}.md, {name}: {command} ended with {code}"
         )
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_of_the_guide_runs(page, tmp_path):
+    """As one program, without a warning."""
+    pytest.importorskip("torch")
+    pytest.importorskip("safetensors")
+    check(page, tmp_path)
 
 
 def test_every_page_is_in_the_guide():

@@ -86,6 +86,7 @@ def test_a_run_without_backend_has_nothing_to_wait_for(cli: Any) -> None:
         "live": [],
         "uploading": False,
         "backends": [],
+        "committed": True,
         "safe": True,
     }
 

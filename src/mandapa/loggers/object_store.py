@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mandapa import object_store
 from mandapa.errors import InvalidInputError
 from mandapa.object_store import ObjectStore
 from mandapa.run.logger import BackendLogger, BackendSpec, artifact_name
@@ -68,6 +69,12 @@ class ObjectStoreLogger(BackendLogger):
                 f"{cls.__qualname__} is defined in the script itself, in a notebook or in a function: the uploader "
                 "process "
                 "cannot import it from there; move it to a module"
+            )
+        if cls.__module__.partition(".")[0] == "composer":
+            ours = cls.__name__ if hasattr(object_store, cls.__name__) else "S3ObjectStore"
+            raise InvalidInputError(
+                f"{cls.__module__}.{cls.__qualname__} is Composer's: use mandapa.object_store.{ours} and its "
+                "arguments, or a URL"
             )
         if not all(hasattr(cls, method) for method in ("get", "get_ranges", "head", "list", "put", "create", "delete")):
             raise InvalidInputError(

@@ -25,17 +25,19 @@ from mandapa.content.walk import walk
 from mandapa.errors import AccessDeniedError, InvalidInputError, StorageError
 from mandapa.repository.paths import folders_of
 from mandapa.run.backend import CHECKPOINT, WANDB, FolderCommit, Put, key_of
-from mandapa.run.directory import RunDirectory, write_json
+from mandapa.run.directory import RunDirectory, read_json, write_json
 from mandapa.run.journal import ArtifactEntry
 from mandapa.run.logger import BackendLogger, BackendSpec, RunContext, artifact_name
 from mandapa.run.status import is_unsent
 
 __all__ = ["WandBLogger", "WandbBackend"]
 
-_PATIENCE = 60  # seconds until a look at what W&B has not confirmed counts as a failure, and is made again
-_FINISH = 60.0  # seconds that W&B's end is waited for
-_INIT = 10.0  # seconds until W&B's server must have answered
-_FLUSH = 0.5  # seconds until W&B has written what it was given into its file
+_PATIENCE = 60.0  # seconds after which it is told that W&B has not confirmed something yet
+_SETTINGS = {
+    "init_timeout": 10.0,  # seconds until W&B's server must have answered
+    "finish_timeout": 60.0,  # seconds that W&B may take to end
+    "x_transaction_log_flush_interval": 0.5,  # seconds until W&B has written what it was given into its file
+}
 _TICK = 0.1
 _KEYS_MAX = 90  # of an artifact's metadata; W&B takes 100
 
@@ -175,7 +177,10 @@ class _Session:
         if program and current is not None:
             self.run, self._joined = current, True
             return
-        kwargs = {"name": self._name, **self._kwargs, "settings": self._settings(wandb)}
+        settings = self._kwargs.get("settings") or {}
+        if isinstance(settings, Mapping):
+            settings = {**_SETTINGS, **settings}
+        kwargs = {"name": self._name, **self._kwargs, "settings": settings}
         if not program:
             kwargs["reinit"] = "create_new"
         if "WANDB_RUN_ID" not in os.environ:
@@ -204,23 +209,11 @@ class _Session:
         except (TypeError, ValueError) as error:
             raise InvalidInputError(f"wandb.init does not take these init_kwargs: {error}") from error
 
-    def _settings(self, wandb: Any) -> Any:
-        """Those that were given; a dict, or none, is completed."""
-        given = self._kwargs.get("settings") or {}
-        if not isinstance(given, Mapping):
-            return given
-        wanted = {"x_transaction_log_flush_interval": _FLUSH, "init_timeout": _INIT, **given}
-        known = getattr(wandb.Settings, "model_fields", wanted)  # of some versions of W&B
-        return {name: value for name, value in wanted.items() if name in known or name in given}
-
     def finish(self, exit_code: int) -> None:
         """End the W&B run, unless it is the program's own; W&B may take a minute at most."""
         run, self.run = self.run, None
-        if run is None or self._joined:
-            return
-        ending = threading.Thread(target=lambda: run.finish(exit_code=exit_code), name="mandapa-wandb", daemon=True)
-        ending.start()
-        ending.join(_FINISH)
+        if run is not None and not self._joined:
+            run.finish(exit_code=exit_code)
 
 
 _ours: dict[str, str] = {}
@@ -259,8 +252,6 @@ class _State(msgspec.Struct, omit_defaults=True):
     place: str = CHECKPOINT
     best: float | None = None
     folder: dict[str, _Kept] = {}
-    offline: dict[str, list[str]] = {}
-    """W&B's file of an offline run -> MD5s of the files that it needs until ``wandb sync`` has sent it."""
 
 
 class WandbBackend:
@@ -283,12 +274,14 @@ class WandbBackend:
         home = directory.kept(key_of(spec))
         self._files = os.path.join(home, "files")
         self._path = os.path.join(home, "state.json")
+        self._offline_path = os.path.join(home, "offline.json")
         os.makedirs(self._files, mode=0o700, exist_ok=True)
         self._state = self._load()
+        self._offline: dict[str, list[str]] = read_json(self._offline_path)
+        """W&B's file of an offline run -> MD5s of the files that it needs until ``wandb sync`` has sent it."""
         self._program = session is not None
         self._session = session or _Session(directory.name, directory.path, self._going_on())
-        self._logged: dict[str, tuple[Any, int]] = {}  # transaction -> what W&B gave, and where its file ended
-        self._first = True
+        self._logged: tuple[str, _Confirmation] | None = None  # the newest transaction that W&B was told of
 
     def _load(self) -> _State:
         try:
@@ -299,6 +292,7 @@ class WandbBackend:
 
     def _save(self) -> None:
         try:
+            write_json(self._offline_path, self._offline, durable=True)
             write_json(self._path, self._state, durable=True)
         except OSError as error:
             raise StorageError(f"{self._path} cannot be written: {error.strerror}", retryable=True) from error
@@ -415,39 +409,31 @@ class WandbBackend:
 
     def _log(self, artifact: Any, txn: str, aliases: list[str], folder: Mapping[str, _Kept]) -> str:
         """Hand an artifact to W&B and wait until it is confirmed; gives its address."""
-        wandb: Any = importlib.import_module("wandb")
-        exceptions: Any = importlib.import_module("wandb.sdk.artifacts.exceptions")
         run, file = self._session.run, self._session.file
-        offline = f"{run.project}/{artifact.name}@{artifact.digest[:12]}"
-        first, self._first = self._first, False
-        if first and any(_is_recorded(known, txn) for known in self._state.offline):
-            return offline  # by a process that died before it could say so
-        if txn not in self._logged:
+        recorded = f"{run.project}/{artifact.name}@{artifact.digest[:12]}"
+        if self._logged is None and any(_is_recorded(known, txn) for known in self._offline):
+            return recorded  # by a process that died before it could say so
+        if self._logged is None or self._logged[0] != txn:
             if run.offline:  # said before W&B has it, so that what it refers to is not let go
                 needed = [kept.md5 for kept in folder.values() if kept.md5]
-                self._state.offline.setdefault(file, []).extend(needed)
+                self._offline[file] = sorted({*self._offline.get(file, ()), *needed})
                 self._save()
             start = os.path.getsize(file) if os.path.exists(file) else 0
             try:
-                self._logged = {txn: (run.log_artifact(artifact, aliases=aliases), start)}
-            except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
-                raise StorageError(f"W&B does not take the artifact {artifact.name}: {error}") from error
-        logged, start = self._logged[txn]
-        if run.offline:
-            give_up = time.monotonic() + _PATIENCE
-            while not _is_recorded(file, txn, start):
-                if time.monotonic() > give_up:
-                    raise StorageError(f"W&B has not written the artifact into {file}", retryable=True)
-                time.sleep(_TICK)
-            return offline
-        try:
-            logged.wait(timeout=_PATIENCE)
-        except exceptions.WaitTimeoutError as error:
-            raise StorageError("W&B has not confirmed the artifact yet", retryable=True) from error
-        except (wandb.errors.Error, ValueError, TypeError, OSError) as error:
-            self._logged.clear()  # it is logged again
-            raise StorageError(f"W&B does not take the artifact {artifact.name}: {error}", retryable=True) from error
-        return str(logged.qualified_name)
+                logged = run.log_artifact(artifact, aliases=aliases)
+            except Exception as error:
+                raise StorageError(
+                    f"W&B does not take the artifact {artifact.name}: {error}", retryable=True
+                ) from error
+            seen = (lambda: _is_recorded(file, txn, start)) if run.offline else None
+            self._logged = txn, _Confirmation(logged, seen)
+        confirmation = self._logged[1]
+        if not confirmation.wait(_PATIENCE):
+            raise StorageError("W&B has not confirmed the artifact yet; it goes on trying", retryable=True)
+        if confirmation.error is not None:
+            self._logged = None  # it is logged again
+            raise StorageError(f"W&B does not take the artifact {artifact.name}: {confirmation.error}", retryable=True)
+        return recorded if run.offline else str(confirmation.artifact.qualified_name)
 
     # -- the files that W&B reads ------------------------------------------------------------------------------------
 
@@ -471,15 +457,46 @@ class WandbBackend:
 
     def _prune(self) -> None:
         """Let go of the files that W&B needs no more."""
-        offline = {file: needed for file, needed in self._state.offline.items() if is_unsent(file)}
-        if offline != self._state.offline:
-            self._state.offline = offline
+        unsent = {file: needed for file, needed in self._offline.items() if is_unsent(file)}
+        if unsent != self._offline:
+            self._offline = unsent
             self._save()
-        needed = {kept.md5 for kept in self._state.folder.values()}.union(*offline.values())
+        needed = {kept.md5 for kept in self._state.folder.values()}.union(*unsent.values())
         for name in os.listdir(self._files):
             if name not in needed:
                 with suppress(OSError):
                     os.unlink(os.path.join(self._files, name))
+
+
+class _Confirmation:
+    """What W&B says of an artifact in the end. It can be asked once, and may take its time: so a thread asks it.
+
+    Args:
+        artifact: As W&B gave it.
+        seen: Offline, where W&B says nothing: whether its file has the artifact.
+    """
+
+    def __init__(self, artifact: Any, seen: Callable[[], bool] | None) -> None:
+        self.artifact = artifact
+        self.error: Exception | None = None
+        self._seen = seen
+        self._thread = threading.Thread(target=self._ask, name="mandapa-wandb", daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        try:
+            if self._seen is None:
+                self.artifact.wait()
+            else:
+                while not self._seen():
+                    time.sleep(_TICK)
+        except Exception as error:  # noqa: BLE001 - the waiting thread gets it
+            self.error = error
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has said something by then."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
 
 def _put(folder: dict[str, _Kept], path: str, kept: _Kept) -> None:

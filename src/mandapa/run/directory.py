@@ -300,9 +300,9 @@ def write_json(path: str, value: Any, *, durable: bool = False) -> None:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The object in a file of 64 MB at most; empty when there is none, or none that can be read."""
+    """The object in a small file; empty when there is none, or none that can be read."""
     with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError), open(path, "rb") as file:
-        found = msgspec.json.decode(file.read(64 << 20))
+        found = msgspec.json.decode(file.read(4 << 20))
         if isinstance(found, dict):
             return found
     return {}

@@ -119,7 +119,7 @@ def is_unsent(file: str) -> bool:
 
 
 def _unsent(directory: RunDirectory, key: str) -> tuple[str, ...]:
-    offline = read_json(os.path.join(directory.kept(key), "state.json")).get("offline", {})
+    offline = read_json(os.path.join(directory.kept(key), "offline.json"))
     return tuple(os.path.dirname(file) for file in offline if is_unsent(file))
 
 

@@ -59,7 +59,7 @@ def main() -> int:
 
         title(4, "The history, and what is in the last version")
         command("--repo", URL, "log", "digits")
-        command("--repo", URL, "ls", "-r", "digits")
+        command("--repo", URL, "ls", "digits")
 
         title(5, "Are these the weights of a training that nobody has killed?")
         train("undisturbed", "loggers.object_store=false")

@@ -170,7 +170,10 @@ class WandbServer:
                     raise _Refused(failing[1], "the server fails because it was told to")
             if self._http is None:
                 raise ConnectionAbortedError
-            return act()
+            try:
+                return act()
+            except (KeyError, TypeError, ValueError) as error:  # clients do not try again after this answer
+                raise _Refused(400, f"this server cannot answer {event}: {error!r}") from error
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         operation = getattr(self, f"_{name}", None)

@@ -22,7 +22,7 @@ help:
 	@echo 'make lint           ruff, mypy, import-linter'
 	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
 	@echo 'make bench          the benchmarks of commits and restores'
-	@echo 'make bench-training what a run costs a training (5 minutes)'
+	@echo 'make bench-training what a run costs a training, and Composer's uploads and W&B beside it (7 minutes)'
 	@echo 'make clean          remove what make made, but no repository'
 
 demo: $(VENV)/.demo
@@ -49,8 +49,8 @@ soak: $(VENV)/.test $(VENV)/.azurite
 bench: $(VENV)/.test
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done
 
-bench-training: $(VENV)/.test
-	@$(BIN)/python benchmarks/training
+bench-training: $(COMPOSER)/.made
+	@$(COMPOSER)/bin/python benchmarks/training
 
 clean:
 	rm -rf $(VENV) $(COMPOSER) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,5 +1,6 @@
 """Benchmarks do not rot: they run, and print their tables."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,4 +27,12 @@ def test_the_training_benchmark_prints_its_tables(tmp_path: Path) -> None:
     assert titles == ["Training", "Milliseconds", "A", "The"]
     assert done.stdout.count(": met") + done.stdout.count(": not met") > 8
     assert "nan" not in done.stdout
+    rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.startswith("| ")]
+    for package, row in {
+        "composer": "torch.save, Composer's RemoteUploaderDownloader",
+        "wandb": "torch.save, W&B offline",
+    }.items():
+        left_out = f"Left out, since {package} is not installed: {row}." in done.stdout
+        assert left_out == (importlib.util.find_spec(package) is None)
+        assert (row in rows) != left_out
     assert not list(tmp_path.glob("mandapa-bench-*"))

@@ -33,6 +33,14 @@ def main() -> None:
     # Processes that are started find compiled modules, as those of users do.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(home / "compiled")
+    # What W&B keeps goes with all else; it talks to nobody, neither to us nor to its makers.
+    os.environ |= {f"WANDB_{kind}_DIR": str(home / "wandb" / kind.lower()) for kind in ("DATA", "CACHE", "CONFIG")}
+    os.environ |= {
+        "WANDB_DIR": str(home),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",
+    }
     try:
         measure(home, options)
     finally:

@@ -13,6 +13,7 @@ from statistics import mean, median
 
 import torch
 from common import CORES, Place, Sizes, end_uploader, folder, ms, now, s3, table, target
+from savers import Composer, installed
 from work import Training
 
 
@@ -85,6 +86,21 @@ def another_process(training: Training, home: Path) -> Iterator[Hooks]:
         uploading.stdout.close()
 
 
+@contextmanager
+def composer(training: Training, home: Path) -> Iterator[Hooks]:
+    """Composer's logger that uploads files, with a process of its own, as it is by default."""
+    path = home / "plain.pt"
+    with s3() as place:
+        saver = Composer(home, place)
+
+        def save(step: int) -> None:
+            replace(training, path)
+            saver.log(path, f"plain-{step}.pt")
+
+        yield Hooks(save=save, log=lambda loss, step: saver.batch_end(), waits=saver.waits, finish=saver.wait)
+        saver.close()
+
+
 def replace(training: Training, path: Path) -> float:
     """Save beside the file that is there, and put the new one in its place; seconds of the saving."""
     new = path.with_suffix(".new")
@@ -130,12 +146,13 @@ def to_s3(training: Training, home: Path) -> Iterator[Hooks]:
         yield hooks
 
 
-PATIENCE = 55.0
+PATIENCE = 75.0
 """Seconds after which no round is begun."""
 VARIANTS = {
     "no checkpoints, no logging": nothing,
     "torch.save only": torch_save,
     "torch.save, boto3 in another process": another_process,
+    Composer.title: composer,
     "mandapa, a local folder": to_folder,
     "mandapa, S3 on loopback": to_s3,
 }
@@ -172,8 +189,8 @@ def measure(home: Path, sizes: Sizes, threads: int) -> None:
     """Alternate between all of them, and print the table."""
     training = Training(sizes.mb, threads)
     gap = max(2, round(sizes.seconds / training.seconds()))
-    blocks: dict[str, list[Block]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
+    names = [name for name in VARIANTS if name != Composer.title or installed(Composer)]
+    blocks: dict[str, list[Block]] = {name: [] for name in names}
     begin = now()
     for number in range(sizes.rounds):
         if number and now() - begin > PATIENCE:
@@ -190,7 +207,7 @@ def measure(home: Path, sizes: Sizes, threads: int) -> None:
         drained = median(median(busy) / median(quiet) for busy, quiet in pairs) if pairs else float("nan")
         share = mean([sum(len(busy) for busy, _ in b.cycles) / len(b.steps) for b in found])
         logged = name.startswith("mandapa")
-        drains = logged or "boto3" in name
+        drains = logged or "boto3" in name or name == Composer.title
         rows.append(
             [
                 name,

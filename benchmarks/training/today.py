@@ -2,72 +2,119 @@
 
 from __future__ import annotations
 
-import warnings
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from common import GB, Sizes, end_uploader, now, s3, table, wait_for, warm
-from loop import replace
+import torch
+from common import GB, MB, Sizes, cpu_seconds, ms, now, peak_mib, quantile, s3, table, warm
+from savers import SAVERS, Mandapa, Saver, TorchSave, installed
 from work import Training
 
-with warnings.catch_warnings():  # botocore's own use of what Python has deprecated
-    warnings.simplefilter("ignore")
-    import boto3
-    from boto3.s3.transfer import TransferConfig
+GROUP = 10
+"""Small files that one saver is handed before the next one's turn."""
+
+
+@dataclass
+class Found:
+    """What was measured of a saver; one value a checkpoint, but for ``calls``."""
+
+    held: list[float] = field(default_factory=list)
+    safe: list[float] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)
+    """CPU seconds of the training process."""
+    others: list[float] = field(default_factory=list)
+    """CPU seconds of the saver's own processes."""
+    calls: list[float] = field(default_factory=list)
+    peak: float = 0.0
 
 
 def measure(home: Path, sizes: Sizes) -> None:
     """Print the table."""
     training = Training(sizes.mb, 1)
-    path = home / "today.pt"
-    took: dict[str, list[tuple[float, float]]] = {}
-    with s3() as place:
-        client = boto3.client(
-            "s3",
-            endpoint_url=place.options["endpoint_url"],
-            region_name="us-east-1",
-            aws_access_key_id="test",
-            aws_secret_access_key="test",
-        )
-        one_put = TransferConfig(multipart_threshold=8 * GB)  # the server knows no multipart upload
-        run = place.run("today", home)
+    small = home / "small-file"
+    small.write_bytes(torch.randint(0, 256, (10_000,), dtype=torch.uint8).numpy().tobytes())
+    found: dict[type[Saver], Found] = {saver: Found() for saver in SAVERS if installed(saver)}
+    with s3() as place, ExitStack() as stack:
+        savers = []
+        for saver in found:
+            savers.append(saver(home, place))
+            stack.callback(savers[-1].close)
         for number in range(-1, 2 * sizes.rounds):  # the first is not counted
-            training.step()
-            warm(home, sizes.mb)
-            saved = replace(training, path)
-            at = now()
-            client.upload_file(str(path), "bucket", f"today/{number}", Config=one_put)
-            uploaded = saved + now() - at
-            warm(home, sizes.mb)
-            at = now()
-            handle = run.save_checkpoint(training.state(), step=number + 1)
-            held = now() - at
-            committed = wait_for(handle.done) - at
-            if number >= 0:
-                took.setdefault("torch.save only, to a file", []).append((saved, float("nan")))
-                took.setdefault("torch.save and boto3's upload_file", []).append((uploaded, uploaded))
-                took.setdefault("mandapa", []).append((held, committed))
-        run.close()
-        end_uploader(run)
-    base = [blocked for blocked, _ in took["torch.save only, to a file"]]
+            for saver in turns(savers, number):
+                training.step()
+                warm(home, sizes.mb)
+                checkpoint(saver, training, number + 1, Found() if number < 0 else found[type(saver)])
+        for number in range(-1, max(1, sizes.calls // 3 // GROUP)):
+            for saver in turns(savers, number):
+                files(saver, small, number + 1, Found() if number < 0 else found[type(saver)])
+        for saver in savers:
+            found[type(saver)].peak = sum(peak_mib(pid) for pid in saver.processes())
+    show(found, sizes)
+    for saver in SAVERS:
+        if not installed(saver):
+            print(f"Left out, since {saver.needs} is not installed: {saver.title}.")
+
+
+def turns(savers: list[Saver], number: int) -> list[Saver]:
+    """Each time another one begins."""
+    first = number % len(savers)
+    return savers[first:] + savers[:first]
+
+
+def checkpoint(saver: Saver, training: Training, step: int, found: Found) -> None:
+    """Save one, and wait until it is safe."""
+    saver.begin()
+    own = saver.processes()
+    before = [cpu_seconds(pid) for pid in own]
+    cpu = time.process_time()
+    at = now()
+    saver.save(training, step)
+    found.held.append(now() - at)
+    waiting = time.thread_time()
+    saver.wait()
+    found.safe.append(now() - at)
+    found.training.append(time.process_time() - cpu - (time.thread_time() - waiting))
+    time.sleep(0.2)  # what comes after that, such as mandapa's head
+    found.others.append(sum(cpu_seconds(pid) - b for pid, b in zip(own, before, strict=True)))
+    saver.end(step)
+
+
+def files(saver: Saver, small: Path, number: int, found: Found) -> None:
+    """Hand over small files, and wait until they are safe: nothing but their own drain is under way."""
+    saver.begin()
+    for each in range(GROUP):
+        name = f"{type(saver).__name__}-{number}-{each}"
+        at = now()
+        saver.log(small, name)
+        found.calls.append(now() - at)
+    saver.wait()
+    saver.end(number)
+
+
+def show(found: dict[type[Saver], Found], sizes: Sizes) -> None:
+    """Print what was found."""
+    base = found[TorchSave].held
+    size = sizes.mb * MB / GB
     rows = []
-    for name, found in took.items():
-        ratio = median(blocked / b for (blocked, _), b in zip(found, base, strict=True))
-        safe = median(safe for _, safe in found)
-        verdict = ""
-        if name == "mandapa":
-            verdict = f"≤ 1.1 of torch.save: {'met' if ratio <= 1.1 else 'not met'}"
+    for saver, of in found.items():
+        ratio = median(held / b for held, b in zip(of.held, base, strict=True))
+        safe = f"{median(of.safe):.3f}"
         rows.append(
             [
-                name,
-                f"{median(blocked for blocked, _ in found):.3f}",
+                saver.title,
+                f"{median(of.held):.3f}",
                 f"{ratio:.2f}",
-                "never" if safe != safe else f"{safe:.3f}",
-                verdict,
+                safe if saver.stores else f"never; on this disk {safe}",
+                f"{ms(median(of.calls))} / {ms(quantile(of.calls, 0.99))}",
+                f"{median(of.training) / size:.2f}",
+                f"{median(of.others) / size:.2f}" if of.peak else "",
+                f"{of.peak:.0f}" if of.peak else "",
+                f"≤ 1.1 of torch.save: {'met' if ratio <= 1.1 else 'not met'}" if saver is Mandapa else "",
             ]
         )
-    table(
-        f"A checkpoint of {sizes.mb} MB, to S3 on loopback",
-        ["", "s that training is held up", "of torch.save", "s until it is in the store", "target"],
-        rows,
-    )
+    head = ["", "s that training is held up", "of torch.save", "s until it is in the store"]
+    more = ["ms to hand over 10 KB, p50 / p99", "CPU s a GB, training", "own processes", "their memory, MiB", "target"]
+    table(f"A checkpoint of {sizes.mb} MB, to S3 on loopback", [*head, *more], rows)

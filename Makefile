@@ -22,7 +22,7 @@ help:
 	@echo 'make lint           ruff, mypy, import-linter'
 	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
 	@echo 'make bench          the benchmarks of commits and restores'
-	@echo 'make bench-training what a run costs a training, and Composer's uploads and W&B beside it (7 minutes)'
+	@echo 'make bench-training what a run costs a training, beside what Composer and W&B cost it (7 minutes)'
 	@echo 'make clean          remove what make made, but no repository'
 
 demo: $(VENV)/.demo

@@ -185,9 +185,11 @@ def log_hparams(trainer: Trainer, config: dict[str, Any]) -> None:
         trainer.logger.upload_file("{run_name}/hparams.yaml", path, overwrite=True)
 
 
-def main(path: str, *overrides: str) -> None:
-    """Train."""
-    config = read_config(path, overrides)
+def main(*arguments: str) -> None:
+    """Train as the command line says."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ConfigError("usage: run_composer_trainer.py CONFIG.yaml [key.sub=value ...]")
+    config = read_config(arguments[0], arguments[1:])
     trainer = make_trainer(config)
     try:
         if dist.get_global_rank() == 0:
@@ -200,8 +202,6 @@ def main(path: str, *overrides: str) -> None:
 
 if __name__ == "__main__":
     try:
-        if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-            raise ConfigError("usage: run_composer_trainer.py CONFIG.yaml [key.sub=value ...]")
         main(*sys.argv[1:])
     except ConfigError as error:
         print(f"run_composer_trainer.py: {error}", file=sys.stderr)

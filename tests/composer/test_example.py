@@ -38,45 +38,55 @@ QUICK = ["trainer.progress_bar=false", "trainer.max_duration=2ep", "data.batch_s
 
 
 def test_the_example_makes_versions_and_goes_on(place):
-    """Checkpoint, events, log and hparams.yaml are in a version, without secrets; another machine goes on from it."""
-    store = [f"loggers.object_store.object_store_cls={place}/repo", "loggers.object_store.object_store_kwargs={}"]
-    (place / "a").mkdir()
-    (place / "b").mkdir()
-    first = run(place / "a", CONFIG, *QUICK, *store, "trainer.max_duration=1ep", "loggers.file.filename=api_key=k.txt")
-    assert first.returncode == 0, first.stderr
-    second = run(place / "b", CONFIG, *QUICK, *store)
-    assert second.returncode == 0, second.stderr
-    versions = list(mandapa.open(str(place / "repo")).artifact("digits").versions())
-    assert {version.metadata.get("epoch") for version in versions} >= {1, 2}
-    version = mandapa.open(str(place / "repo"))["digits"]
+    """Everything is in a version, without secrets; another machine goes on from it; what is done is left alone."""
+    url = str(place / "repo")
+    store = [f"loggers.object_store.object_store_cls={url}", "loggers.object_store.object_store_kwargs={}"]
+    for folder, more in (("a", ["trainer.max_duration=1ep"]), ("b", []), ("b", [])):
+        (place / folder).mkdir(exist_ok=True)
+        found = run(place / folder, CONFIG, *QUICK, *store, *more, "seed=3")
+        assert found.returncode == 0, found.stderr
+    versions = list(mandapa.open(url).artifact("digits").versions())
+    assert [version.metadata["epoch"] for version in versions if "epoch" in version.metadata] == [1, 2]
+    version = mandapa.open(url)["digits"]
     paths = list(version.assets)
-    for name in ("hparams.yaml", "ep2-", "tfevents", "logs-rank0.txt"):
+    for name in ("hparams.yaml", "checkpoints/ep2-", "/events.out.tfevents", "logs-rank0.txt"):
         assert any(name in path for path in paths), (name, paths)
     hparams = yaml.safe_load(version.open("hparams.yaml").read())
-    assert hparams["model"] == {"hidden": 16, "dropout": 0.1}
-    assert hparams["loggers"]["object_store"]["object_store_kwargs"] == {}
+    assert (hparams["seed"], hparams["model"]) == (3, {"hidden": 16, "dropout": 0.1})
+    assert hparams["loggers"]["object_store"]["object_store_cls"] == url
 
 
-def test_a_run_that_is_done_is_left_alone(place):
-    """The same command once more trains nothing, and is no error."""
-    for _ in range(2):
-        found = run(place, CONFIG, *QUICK, "loggers.object_store=false")
-        assert found.returncode == 0, found.stderr
+def test_hparams_are_logged_without_secrets(example):
+    """Though the trainer gets them."""
+
+    class Logger:
+        def upload_file(self, name, path, *, overwrite):
+            assert (name, overwrite) == ("{run_name}/hparams.yaml", True)
+            self.text = Path(path).read_text()
+
+    class Trainer:
+        logger = Logger()
+
+    key = "loggers.object_store.object_store_kwargs.secret_access_key"
+    config = example.read_config(str(CONFIG), [f"{key}=hunter2"])
+    example.log_hparams(Trainer, config)
+    assert config["loggers"]["object_store"]["object_store_kwargs"]["secret_access_key"] == "hunter2"
+    logged = yaml.safe_load(Trainer.logger.text)["loggers"]["object_store"]["object_store_kwargs"]
+    assert logged == {"bucket": "team-bucket", "prefix": "runs", "secret_access_key": "[redacted]"}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "usage"),
-        (["--help"], "usage"),
-        (["nowhere.yaml"], "nowhere.yaml: No such file or directory"),
-    ],
-)
-def test_a_wrong_call_is_one_line_and_code_2(arguments, says, tmp_path):
+def test_a_wrong_call_is_one_line_and_code_2(tmp_path):
     """On stderr, without a traceback."""
-    found = run(tmp_path, *arguments)
-    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (2, "", 1)
-    assert says in found.stderr
+    found = run(tmp_path, "nowhere.yaml")
+    expected = "run_composer_trainer.py: nowhere.yaml: No such file or directory\n"
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", expected)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_file_it_tells_how_to_call_it(arguments, example):
+    """One line, as of every other mistake."""
+    with pytest.raises(example.ConfigError, match=r"^usage: run_composer_trainer\.py CONFIG\.yaml"):
+        example.main(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +21,13 @@ import torch
 from composer import Callback
 from composer.callbacks import CheckpointSaver
 from composer.loggers import FileLogger
+from composer.loggers import WandBLogger as ComposersWandBLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mandapa import Repository, Version
 from mandapa.errors import InvalidInputError
 from mandapa.testing.server import Server, serve
-from mandapa.trainers.composer import ObjectStoreLogger
+from mandapa.trainers.composer import ObjectStoreLogger, WandBLogger
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -123,6 +125,14 @@ def trained(lab: Lab, others: dict[str, Any]) -> Any:
     return SimpleNamespace(
         weights={name: one.clone() for name, one in made.state.model.state_dict().items()}, folder=folder
     )
+
+
+def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
+    """Wait until it is true."""
+    give_up = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < give_up, "it did not become true in time"
+        time.sleep(0.05)
 
 
 def event_files(folder: Path) -> dict[str, bytes]:
@@ -356,6 +366,49 @@ def test_several_loggers_share_one_run(lab: Lab, tmp_path: Path) -> None:
         trainer("twice", loggers=[store(artifact="a"), store(artifact="b", dir="elsewhere")])
 
 
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """W&B without its server, and how often a run of it was begun."""
+    module = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setattr(module.Run, "get_url", lambda run: run.url, raising=False)  # of the W&B that Composer is for
+    began: list[Any] = []
+    init = module.init
+    monkeypatch.setattr(module, "init", lambda *a, **given: (began.append(given), init(*a, **given))[1])
+    return SimpleNamespace(module=module, began=began)
+
+
+def test_the_run_of_composers_own_wandb_logger_is_joined(lab: Lab, wandb: Any) -> None:
+    """Though it begins after ours, which would have begun one of its own."""
+    folder = lab.go("joined")
+    theirs = ComposersWandBLogger(project="vision", init_kwargs={"dir": str(folder), "id": "theirs"})
+    ours = WandBLogger("vision", log_artifacts=False)
+    made = trainer("joined", loggers=[ours, store(), theirs], max_duration="1ep", save_folder=None)
+    made.fit()
+    assert wandb.module.run.config["num_nodes"] == 1
+    assert [given["id"] for given in wandb.began] == ["theirs"]
+    made.close()
+    assert len(wandb.began) == 1
+
+
+def test_with_wandb_alone_the_newest_checkpoint_is_here(lab: Lab, wandb: Any, tmp_path: Path) -> None:
+    """From the run's directory it can be fetched; older ones, and those of other runs, cannot."""
+    folder = lab.go("alone")
+    logger = WandBLogger("vision")
+    made = trainer("alone", loggers=[logger], max_duration="2ep")
+    made.fit()
+    logger.download_file(f"alone/{name_of(2)}", str(tmp_path / "x"))
+    assert (tmp_path / "x").read_bytes() == (folder / "alone" / name_of(2)).read_bytes()
+    for name in (f"alone/{name_of(1)}", "other/x", "other:v1/x"):
+        with pytest.raises(FileNotFoundError):
+            logger.download_file(name, str(tmp_path / "y"))
+    made.close()
+    with pytest.raises(FileNotFoundError):
+        logger.download_file(f"alone/{name_of(2)}", str(tmp_path / "y"))
+    assert len(wandb.began) == 1
+
+
 # -- without training --------------------------------------------------------------------------------------------------
 
 
@@ -421,6 +474,7 @@ def test_shards_are_one_checkpoint(lab: Lab, tmp_path: Path, monkeypatch: pytest
         loggers.append((logger, state))
     for logger, state in loggers:
         logger.batch_checkpoint(state, None)
+    until(lambda: "shards" in [artifact.name for artifact in lab.repo().artifacts()])
     for logger, state in loggers:
         logger.close(state, None)
         logger.post_close()

@@ -268,6 +268,7 @@ def test_what_is_not_there_is_not_found(lab: Lab, trained: Any, tmp_path: Path) 
     lab.go("loads")
     for name in (
         "whole/nope.pt",
+        "whole/weights/latest-rank0.pt.symlink",
         "whole/nope.pt.symlink",
         "nobody/checkpoints/latest-rank0.pt.symlink",
         "a b/c",

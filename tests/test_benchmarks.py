@@ -20,7 +20,7 @@ def test_the_training_benchmark_prints_its_tables(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     titles = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("### ")]

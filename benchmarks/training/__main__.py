@@ -54,7 +54,7 @@ def measure(home: Path, options: argparse.Namespace) -> None:
 
     import mandapa
 
-    usual = (40, 5, 0.4, 2, 200, 2.0) if options.quick else (200, 10, 0.8, 2, 600, 10.0)
+    usual = (40, 5, 0.4, 1, 200, 2.0) if options.quick else (200, 10, 0.8, 2, 600, 10.0)
     names = ("mb", "saves", "seconds", "rounds", "calls", "idle")
     given = [getattr(options, name) for name in names]
     sizes = Sizes(*[default if value is None else value for value, default in zip(given, usual, strict=True)])

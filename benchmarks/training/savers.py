@@ -123,7 +123,9 @@ class Composer(TorchSave):
             use_procs=self.use_procs,
         )
         self._state: Any = SimpleNamespace(run_name="today")
+        elsewhere = os.environ.pop("PYTHONPYCACHEPREFIX", "")  # what a worker imports is compiled where it is
         self._logger.init(self._state, None)
+        os.environ["PYTHONPYCACHEPREFIX"] = elsewhere
         (home / "ready").write_bytes(b"x")
         self.log(home / "ready", f"ready-{type(self).__name__}")
         self.wait()
@@ -211,6 +213,9 @@ class Wandb(TorchSave):
 
     def processes(self) -> list[int]:
         return children("wandb-core")
+
+    def close(self) -> None:
+        self._wandb.teardown()
 
 
 class Mandapa(Saver):

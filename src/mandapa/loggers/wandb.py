@@ -14,6 +14,7 @@ import os
 import struct
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -104,7 +105,6 @@ class WandBLogger(BackendLogger):
 
         Raises:
             InvalidInputError: W&B has no API key, or refuses it, or its arguments.
-            StorageError: W&B does not answer; what is to become artifacts waits.
         """
         if run.rank == 0:
             self._session = _Session(run.name, run.dir, self._kwargs)
@@ -112,6 +112,12 @@ class WandBLogger(BackendLogger):
                 self._session.open(program=True)
             except AccessDeniedError as error:
                 raise InvalidInputError(str(error)) from error
+            except StorageError as error:
+                warnings.warn(
+                    f"{error} (training goes on without its metrics; what is to become artifacts waits)",
+                    category=RuntimeWarning,
+                    stacklevel=2,
+                )
 
     def backend(self, spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None]) -> WandbBackend | None:
         """What commits to W&B; None on other ranks than 0."""
@@ -153,6 +159,8 @@ class _Session:
         self._folder = folder
         self._kwargs = kwargs
         self._joined = False
+        self.same: dict[str, str] = {}
+        """Arguments of ``wandb.init`` that go on with the same W&B run."""
 
     @property
     def is_open(self) -> bool:
@@ -175,12 +183,12 @@ class _Session:
         wandb: Any = importlib.import_module("wandb")
         current = wandb.run
         if program and current is not None:
-            self.run, self._joined = current, True
+            self._take(current, joined=True)
             return
         settings = self._kwargs.get("settings") or {}
         if isinstance(settings, Mapping):
             settings = {**_SETTINGS, **settings}
-        kwargs = {"name": self._name, **self._kwargs, "settings": settings}
+        kwargs = {"name": self._name, **self._kwargs, **self.same, "settings": settings}
         if not program:
             kwargs["reinit"] = "create_new"
         if "WANDB_RUN_ID" not in os.environ:
@@ -194,7 +202,7 @@ class _Session:
             if os.environ.get(variable, "") == _ours.get(variable, ""):
                 os.environ[variable] = _ours[variable] = os.path.join(self._folder, "wandb", name)
         try:
-            self.run, self._joined = wandb.init(**kwargs), False
+            self._take(wandb.init(**kwargs), joined=False)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             if "key" in str(error).lower():
                 raise AccessDeniedError(
@@ -205,9 +213,16 @@ class _Session:
             text = str(error).partition("\n")[0]
             if "error 401" in text or "error 403" in text:
                 raise AccessDeniedError(f"W&B refuses the API key: {text}") from error
+            if current is None:
+                wandb.teardown()  # else W&B holds the run's id for taken in this process
             raise StorageError(f"W&B does not answer: {text}", retryable=True) from error
         except (TypeError, ValueError) as error:
             raise InvalidInputError(f"wandb.init does not take these init_kwargs: {error}") from error
+
+    def _take(self, run: Any, *, joined: bool) -> None:
+        self.run, self._joined = run, joined
+        where = {"project": run.project, "entity": run.entity, "id": run.id}
+        self.same = {name: str(value) for name, value in where.items() if value}
 
     def finish(self, exit_code: int) -> None:
         """End the W&B run, unless it is the program's own; W&B may take a minute at most."""
@@ -322,8 +337,7 @@ class WandbBackend:
         if not self._session.is_open:
             self._session.open()
         run = self._session.run
-        mode = "offline" if run.offline else "online"
-        self._state.run = {"project": run.project or "", "entity": run.entity or "", "id": run.id, "mode": mode}
+        self._state.run = {**self._session.same, "mode": "offline" if run.offline else "online"}
         self._save()
         self.facts["url"] = f"W&B's file {self._session.file}" if run.offline else run.url
 

@@ -26,6 +26,7 @@ class Inside:
 
     Args:
         directory: The run's.
+        rank: Of this process.
         backends: Key -> where it is, and what commits there.
         commit_every: Seconds that something waits at most.
         tell: Takes a line about what happens.
@@ -34,11 +35,13 @@ class Inside:
     def __init__(
         self,
         directory: RunDirectory,
+        rank: int,
         backends: Mapping[str, tuple[BackendSpec, Backend]],
         *,
         commit_every: float,
         tell: Callable[[str], None],
     ) -> None:
+        self._rank = rank
         self._hub = Hub()
         self._follower = Follower(directory, self._hub, tell)
         self._committers = {
@@ -55,6 +58,19 @@ class Inside:
         for committer in self._committers.values():
             committer.start()
         self._thread.start()
+
+    def drain(self, patience: float) -> None:
+        """Wait for the other ranks, whose work is done here, too: until they have ended and nothing waits."""
+        give_up = time.monotonic() + patience
+        while time.monotonic() < give_up:
+            with self._hub.changed:
+                feed = self._hub.feed
+                at_work = [rank for rank, live in feed.live.items() if live and rank != self._rank]
+                if not any((rank, feed.current.get(rank)) not in feed.ended for rank in at_work) and not any(
+                    committer.pending()[0] for committer in self._committers.values()
+                ):
+                    return
+            time.sleep(_TICK)
 
     def stop(self, patience: float) -> None:
         """End; a commit that is not done in ``patience`` seconds is left to whoever comes next."""

@@ -49,6 +49,7 @@ ACCESS_PATIENCE = 10.0
 """Seconds until a store must have answered before training starts."""
 
 _FOREVER = 1e9  # seconds
+_OTHERS = 10.0  # seconds for other ranks to end, whose assets this process commits
 _STOP = 0.5  # seconds for a commit of this process that is under way
 
 _open_runs: dict[tuple[str, int], Run] = {}
@@ -207,7 +208,7 @@ class Run:
                 inside[key] = (spec, backend)
         if inside:
             every = min(self._limits.commit_every, _FOREVER)
-            self._outbox.inside = Inside(self._directory, inside, commit_every=every, tell=self._note)
+            self._outbox.inside = Inside(self._directory, self.rank, inside, commit_every=every, tell=self._note)
             self._outbox.inside.start()
 
     def _note(self, line: str) -> None:
@@ -712,6 +713,7 @@ class Run:
         self._closed = True
         atexit.unregister(self._at_exit)
         _open_runs.pop((self.dir, self.rank), None)
+        done = False
         try:
             self._loggers.tell(lambda logger: logger.close(), backends=False)
             with suppress(StorageError):  # a full disk, of which it has warned
@@ -723,6 +725,8 @@ class Run:
                 )
         finally:
             if self._outbox.inside is not None:
+                if done:
+                    self._outbox.inside.drain(_OTHERS)
                 self._outbox.inside.stop(_STOP)
             try:
                 self._loggers.tell(lambda logger: logger.close(), makers=False)

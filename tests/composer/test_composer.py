@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import shutil
@@ -317,24 +318,23 @@ class Fails(Callback):
         raise ArithmeticError("diverged")
 
 
-@pytest.mark.parametrize("handled", [False, True])
-def test_a_failed_training_is_no_finished_one(lab: Lab, handled: bool) -> None:
-    """Whether the exception is still on its way when Composer closes, or was taken care of."""
+def test_a_failed_training_is_no_finished_one(lab: Lab) -> None:
+    """Also when the exception was taken care of before Composer closes, or comes after training."""
     lab.go("failed")
-    name = f"failed-{handled}"
-    made = trainer(name, loggers=[store()], callbacks=[Fails()])
-
-    def train() -> None:
-        try:
-            made.fit()
-        finally:
-            if not handled:
-                made.close()
-
+    with (
+        pytest.raises(ArithmeticError),
+        contextlib.closing(made := trainer("during", loggers=[store()], callbacks=[Fails()])),
+    ):
+        made.fit()
+    made = trainer("before", loggers=[store()], callbacks=[Fails()])
     with pytest.raises(ArithmeticError):
-        train()
+        made.fit()
     made.close()
-    assert lab.last(name).message == "failed"
+    made = trainer("after", loggers=[store()], max_duration="1ep")
+    made.fit()
+    with pytest.raises(ArithmeticError), contextlib.closing(made):
+        raise ArithmeticError
+    assert [lab.last(name).message for name in ("during", "before", "after")] == ["failed"] * 3
 
 
 def test_a_training_without_checkpoints(lab: Lab) -> None:
@@ -486,6 +486,92 @@ def test_shards_are_one_checkpoint(lab: Lab, tmp_path: Path, monkeypatch: pytest
         f"checkpoints/ep1-ba2/{name}": f"{rank} {name}"
         for rank, name in ((0, "__0_0.distcp"), (0, ".metadata"), (1, "__1_0.distcp"))
     }
+
+
+def test_a_checkpoint_of_rank_0_waits_for_no_other(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in a version long before the half minute is over after which a rank counts as silent."""
+    lab.go("first")
+    saver = CheckpointSaver("{run_name}/checkpoints")
+    states = []
+    for rank in range(2):
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
+        logger = store(dir=tmp_path)
+        states.append((logger, begin(logger, "first", callbacks=[saver], timestamp=composer.core.Timestamp(batch=2))))
+        logger.log_hyperparameters({"lr": 1})
+    (tmp_path / "x").write_text("x")
+    monkeypatch.setenv("RANK", "0")  # Composer looks there when it makes a name
+    logger, state = states[0]
+    logger.upload_file(state, "first/checkpoints/ep0-ba2-rank0.pt", tmp_path / "x", overwrite=False)
+    logger.epoch_checkpoint(state, None)
+    until(lambda: "first" in [artifact.name for artifact in lab.repo().artifacts()], 10)
+    assert lab.checkpoints("first")
+    for logger, state in states:
+        logger.close(state, None)
+        logger.post_close()
+
+
+def test_of_two_savers_the_first_is_gone_on_from(lab: Lab, tmp_path: Path) -> None:
+    """As Composer does; files of the other one are kept, all of them, and are never taken for the newest checkpoint."""
+    lab.go("two")
+    logger = store(dir=tmp_path)
+    savers = [
+        CheckpointSaver(
+            "{run_name}/full",
+            remote_file_name="{run_name}/full/ba{batch}.pt",
+            latest_remote_file_name="{run_name}/full/latest.pt",
+        ),
+        CheckpointSaver(
+            "{run_name}/weights",
+            remote_file_name="{run_name}/weights/ba{batch}.pt",
+            latest_remote_file_name="{run_name}/weights/latest.pt",
+        ),
+    ]
+    state = begin(logger, "two", callbacks=savers)
+    for batch in (1, 2):
+        state.timestamp = composer.core.Timestamp(batch=batch)
+        for kind in ("full", "weights"):
+            (tmp_path / "x").write_text(f"{kind} {batch}")
+            logger.upload_file(state, f"two/{kind}/ba{batch}.pt", tmp_path / "x", overwrite=False)
+            logger.upload_file(state, f"two/{kind}/latest.pt.symlink", tmp_path / "x", overwrite=True)
+        logger.batch_checkpoint(state, None)
+    logger.download_file("two/full/latest.pt.symlink", str(tmp_path / "a"))
+    assert (tmp_path / "a").read_text() == "two/full/ba2.pt"
+    with pytest.raises(FileNotFoundError):
+        logger.download_file("two/weights/latest.pt.symlink", str(tmp_path / "b"))
+    logger.close(state, None)
+    logger.post_close()
+    found = {path for path in lab.last("two").assets if path.endswith(".pt")}
+    assert found == {"full/ba2.pt", "weights/ba1.pt", "weights/ba2.pt"}
+    assert not [path for version in lab.versions("two") for path in version.assets if path.endswith(".symlink")]
+
+
+def test_hyperparameters_and_metrics_need_not_be_plain(lab: Lab, tmp_path: Path) -> None:
+    """What is not becomes text; what is no number is left out."""
+    lab.go("plain")
+    logger = store(dir=tmp_path)
+    saver = CheckpointSaver("{run_name}/checkpoints")
+    state = begin(logger, "plain", callbacks=[saver], timestamp=composer.core.Timestamp(batch=1))
+    logger.log_hyperparameters({"lr": 0.1, "deep": {"model": torch.nn.Linear(1, 1)}, "list": [1, object]})
+    logger.log_hyperparameters({"later": 1})
+    logger.log_metrics(
+        {"metrics/a": torch.tensor(0.5), "loss/b": 1, "metrics/text": "x", "metrics/many": [1, 2], "time/c": 3}, step=1
+    )
+    (tmp_path / "x").write_text("x")
+    logger.upload_file(state, "plain/checkpoints/ep0-ba1-rank0.pt", tmp_path / "x", overwrite=False)
+    logger.batch_checkpoint(state, None)
+    logger.close(state, None)
+    logger.post_close()
+    (version,) = lab.checkpoints("plain")
+    assert version.number == 0  # all hyperparameters are in one version
+    assert {name: version.metadata[name] for name in version.metadata if "/" in name} == {
+        "metrics/a": 0.5,
+        "loss/b": 1.0,
+    }
+    text = version.open("hparams.yaml").read().decode()
+    assert "lr: 0.1" in text
+    assert "Linear(in_features=1" in text
+    assert "later: 1" in text
 
 
 def test_an_object_store_of_composer_is_refused() -> None:

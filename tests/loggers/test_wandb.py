@@ -110,9 +110,7 @@ class Bench:
         shutil.rmtree(folder, ignore_errors=True)
         version.download(folder)
         artifact = wandb.Artifact("net", type="model")
-        for path in sorted(folder.rglob("*")):
-            if path.is_file():
-                artifact.add_file(str(path), str(path.relative_to(folder)), skip_cache=True, policy="immutable")
+        artifact.add_dir(str(folder), skip_cache=True, policy="immutable")
         for path, asset in version.assets.items():
             if asset.url:
                 entry = ArtifactManifestEntry(path=path, ref=asset.url, digest=asset.url)

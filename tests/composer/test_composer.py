@@ -269,6 +269,7 @@ def test_what_is_not_there_is_not_found(lab: Lab, trained: Any, tmp_path: Path) 
     lab.go("loads")
     for name in (
         "whole/nope.pt",
+        "whole/checkpoints/nope.pt.symlink",
         "whole/weights/latest-rank0.pt.symlink",
         "whole/nope.pt.symlink",
         "nobody/checkpoints/latest-rank0.pt.symlink",
@@ -546,6 +547,13 @@ def test_of_two_savers_the_first_is_gone_on_from(lab: Lab, tmp_path: Path) -> No
     assert not [path for version in lab.versions("two") for path in version.assets if path.endswith(".symlink")]
 
 
+class Unspeakable:
+    def __repr__(self) -> str:
+        raise ArithmeticError
+
+    __str__ = __repr__
+
+
 def test_hyperparameters_and_metrics_need_not_be_plain(lab: Lab, tmp_path: Path) -> None:
     """What is not becomes text; what is no number is left out."""
     lab.go("plain")
@@ -554,6 +562,9 @@ def test_hyperparameters_and_metrics_need_not_be_plain(lab: Lab, tmp_path: Path)
     state = begin(logger, "plain", callbacks=[saver], timestamp=composer.core.Timestamp(batch=1))
     logger.log_hyperparameters({"lr": 0.1, "deep": {"model": torch.nn.Linear(1, 1)}, "list": [1, object]})
     logger.log_hyperparameters({"later": 1})
+    itself: dict[str, Any] = {}
+    itself["itself"] = itself
+    logger.log_hyperparameters({"cycle": itself, "y" * 5000: 1, "bad": Unspeakable()})
     logger.log_metrics(
         {"metrics/a": torch.tensor(0.5), "loss/b": 1, "metrics/text": "x", "metrics/many": [1, 2], "time/c": 3}, step=1
     )
@@ -572,6 +583,8 @@ def test_hyperparameters_and_metrics_need_not_be_plain(lab: Lab, tmp_path: Path)
     assert "lr: 0.1" in text
     assert "Linear(in_features=1" in text
     assert "later: 1" in text
+    assert "{...}" in text
+    assert "Unspeakable" in text
 
 
 def test_an_object_store_of_composer_is_refused() -> None:

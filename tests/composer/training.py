@@ -70,15 +70,19 @@ class Dies(Callback):
             os._exit(9)
 
 
+KEPT: list[Trainer] = []  # a Trainer that nobody refers to any more is closed at once
+
+
 def main(name: str, dies: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     made = trainer(name, autoresume=True, callbacks=[Dies(int(dies))])
+    KEPT.append(made)
     print("begins at", int(made.state.timestamp.batch), flush=True)
     made.logger.upload_file("{run_name}/notes-rank{rank}.txt", __file__)
     made.logger.upload_file("{run_name}/same.txt", __file__)
     made.fit()
-    # Nothing is closed: Composer does that at exit.
+    print("the last line", flush=True)  # Nothing is closed: Composer does that at exit, and hands over its log.
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ __all__ = ["SYMLINK", "Training"]
 SYMLINK = ".symlink"
 """How the name of a file ends that leads to another one, whose name is its text."""
 
+_NAME_MAX = 200  # characters of a hyperparameter whose name is too long
 _METRICS_MAX = 12_000  # bytes: they are metadata of the version
 
 
@@ -232,16 +233,18 @@ class Training:
         atexit.unregister(self._at_exit)
 
 
-def _plain(value: Any) -> Any:
-    """A hyperparameter as it can be written down; what cannot is its text."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    try:
-        return plain({"value": value})["value"]
-    except InvalidInputError:
-        return str(value)
+def _plain(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Hyperparameters as they can be written down; one that cannot is its text, or the name of its kind."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        try:
+            found |= plain({name: value})
+        except InvalidInputError:
+            text = f"<{type(value).__name__}>"
+            with suppress(Exception):  # its own code may raise anything
+                text = str(value)
+            found |= plain({str(name)[:_NAME_MAX]: text})
+    return found
 
 
 def _newest_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ import msgspec
 from mandapa.digest import hexdigest
 from mandapa.environment import cache_dir, who
 from mandapa.errors import InvalidInputError
+from mandapa.format.strict import check_path
 from mandapa.object_store import ObjectStore, from_url
 from mandapa.repository.log import Author
 from mandapa.repository.repository import Repository
@@ -28,6 +30,7 @@ __all__ = [
     "Backend",
     "FolderCommit",
     "Put",
+    "checkpoint_place",
     "key_of",
     "open_repository",
     "open_store",
@@ -212,6 +215,18 @@ class FolderCommit:
                     inside = path.removeprefix(f"{part.place}/") if path != part.place else os.path.basename(path)
                     path = f"{INCOMPLETE}/step-{part.step}/{inside}"
                 yield Put(path, source(file.source), file.size)
+
+
+def checkpoint_place(metadata: Mapping[str, Any]) -> str:
+    """Where the checkpoint is that a version was made for; empty: it was made for another reason, or says no path."""
+    if type(metadata.get("step")) is not int:
+        return ""
+    place = metadata.get("checkpoint")
+    if not isinstance(place, str):
+        return CHECKPOINT
+    with suppress(InvalidInputError):  # written by whoever
+        return check_path(place)
+    return ""
 
 
 class Backend(Protocol):

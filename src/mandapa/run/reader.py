@@ -19,10 +19,9 @@ import msgspec
 from mandapa import errors
 from mandapa.address import parse_address
 from mandapa.errors import MandapaError, NotFoundError, StorageError
-from mandapa.format.strict import check_path
 from mandapa.repository.repository import Repository
 from mandapa.repository.version import Version
-from mandapa.run.backend import CHECKPOINT, open_repository, spec_from
+from mandapa.run.backend import checkpoint_place, open_repository, spec_from
 from mandapa.run.process import environment
 
 __all__ = ["error_from", "fetch", "main", "newest_checkpoint"]
@@ -125,7 +124,7 @@ def _fetch(
 def _newest_with(repo: Repository, name: str, path: str) -> Version:
     versions = repo.artifact(name).versions()[::-1]
     for version in versions:  # all that it needs is in the log
-        place = _place_of(version)
+        place = checkpoint_place(version.metadata)
         if place and (path == place or path.startswith(f"{place}/")) and path in version.assets:
             return version
     for version in versions:
@@ -138,21 +137,13 @@ def _find(repo: Repository, address: str) -> dict[str, Any]:
     parsed = parse_address(address)
     named = ":" in address.partition("/")[0]
     version = repo[str(replace(parsed, path=""))] if named else None
-    found = [one for one in repo.artifact(parsed.name).versions() if _place_of(one)]
+    found = [one for one in repo.artifact(parsed.name).versions() if checkpoint_place(one.metadata)]
     if version is not None:
         found = [one for one in found if one.number <= version.number][-1:]
     if not found:
         raise NotFoundError(f"{address} has no checkpoint")
     best = max(found, key=lambda one: (one.metadata["step"], one.number))
-    return {"address": (version or best).address, "place": check_path(_place_of(best))}
-
-
-def _place_of(version: Version) -> str:
-    """Where the checkpoint is that a version was made for; empty: it was made for another reason."""
-    if type(version.metadata.get("step")) is not int:
-        return ""
-    place = version.metadata.get("checkpoint")
-    return place if isinstance(place, str) else CHECKPOINT
+    return {"address": (version or best).address, "place": checkpoint_place(best.metadata)}
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import msgspec
 from mandapa.errors import AlreadyExistsError, ConflictError, InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import CATALOG, log_key
 from mandapa.format.records import Record
-from mandapa.format.strict import check_path
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.paths import folders_of
 from mandapa.repository.repository import Repository
 from mandapa.repository.transaction import Transaction
 from mandapa.repository.version import Version
-from mandapa.run.backend import CHECKPOINT, FolderCommit, open_repository
+from mandapa.run.backend import CHECKPOINT, FolderCommit, checkpoint_place, open_repository
 from mandapa.run.directory import RunDirectory
 from mandapa.run.journal import ArtifactEntry
 from mandapa.run.logger import BackendSpec
@@ -209,11 +208,8 @@ def _former_place(artifact: Artifact, base: int | None) -> str:
     """Where the checkpoint is that the run's folder has now."""
     states = {} if base is None else artifact.state().versions
     while base is not None and base in states:
-        metadata = states[base].op.metadata
-        if type(metadata.get("step")) is int:
-            with suppress(InvalidInputError):  # written by whoever
-                return check_path(metadata.get("checkpoint", CHECKPOINT))
-            return CHECKPOINT
+        if place := checkpoint_place(states[base].op.metadata):
+            return place
         base = states[base].op.parent
     return CHECKPOINT
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mandapa
-from mandapa.errors import InvalidInputError, NotFoundError
+from mandapa.errors import NotFoundError
 from mandapa.loggers import ObjectStoreLogger
 from mandapa.run.backend import value_of
 from mandapa.run.reader import fetch, newest_checkpoint
@@ -75,6 +75,6 @@ def test_where_there_is_no_checkpoint(backend: dict[str, Any], address: str) -> 
         newest_checkpoint(backend, address)
 
 
-def test_a_place_that_is_no_path_is_refused(backend: dict[str, Any]) -> None:
-    with pytest.raises(InvalidInputError, match=r"\.\."):
+def test_a_place_that_is_no_path_is_no_checkpoint(backend: dict[str, Any]) -> None:
+    with pytest.raises(NotFoundError, match="has no checkpoint"):
         newest_checkpoint(backend, "hostile")

@@ -247,6 +247,24 @@ def test_what_there_is_no_room_for_is_skipped_and_stays(bench: Bench, take: Any)
     assert below(bench.folder / "runs/net/checkpoints").keys() == {"step-2.rank0/model.pt"}
 
 
+def test_what_the_journal_has_no_room_for_stays(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in no version then, so nothing is taken away, and nothing is kept."""
+    source = bench.files(a="1", b="2")
+    with bench.run() as run:
+        with monkeypatch.context() as patch:
+
+            def full(line: Any) -> None:
+                raise StorageError("the journal cannot be written: the disk is full", retryable=True)
+
+            patch.setattr(run._outbox._journal, "append", full)
+            with pytest.warns(RuntimeWarning, match="the disk is full"):
+                assert run.log_checkpoint(source, step=1, take="move").state == "skipped"
+        assert below(source).keys() == {"a", "b"}
+        assert not below(f"{run.dir}/checkpoints")
+        run.log_checkpoint(source, step=1, take="move")
+    assert not below(source)
+
+
 def test_bytes_of_a_checkpoint_that_waits_count(bench: Bench) -> None:
     with bench.run(limits=Limits(staging_bytes=30_000), strict=True) as run:
         assert run.flush(30)

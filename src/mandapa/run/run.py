@@ -23,14 +23,14 @@ from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.strict import check_label, check_name, check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.repository.urls import check_facts, check_url
-from mandapa.run.backend import CHECKPOINT, WANDB, public, spec_from
-from mandapa.run.checkpoints import Checkpoint, save_state
+from mandapa.run.backend import WANDB, public, spec_from
+from mandapa.run.checkpoints import Checkpoint
 from mandapa.run.directory import RunDirectory, write_json
 from mandapa.run.facts import gather, ranks_from_environment
 from mandapa.run.handle import Handle, together
 from mandapa.run.hparams import diff, from_yaml, plain, to_yaml
 from mandapa.run.inside import Inside
-from mandapa.run.journal import ENTRIES, ArtifactEntry, CheckpointEntry, File, JournalReader, UrlEntry, UseEntry
+from mandapa.run.journal import ArtifactEntry, UrlEntry, UseEntry
 from mandapa.run.launch import join
 from mandapa.run.limits import Limits
 from mandapa.run.listeners import Listeners, check_metrics, check_step
@@ -39,8 +39,9 @@ from mandapa.run.outbox import Outbox, now
 from mandapa.run.process import UploaderProcess
 from mandapa.run.reader import error_from, fetch
 from mandapa.run.resume import from_store, newest_local, one_at_a_time
+from mandapa.run.saving import Saving
 from mandapa.run.secrets import redact
-from mandapa.run.staging import drop, plain_view, release, take_all
+from mandapa.run.staging import plain_view
 from mandapa.run.troubles import Troubles
 
 __all__ = ["Run"]
@@ -109,7 +110,6 @@ class Run:
         self._closed = True  # until all is ready
         self._limits = limits or Limits()
         self._troubles = Troubles(strict=strict)
-        self._size_guess = 0
         self._inputs: list[str] = []
         self._hparams: dict[str, Any] = {}
         self.name = check_name(name)
@@ -178,6 +178,7 @@ class Run:
             raise NotFoundError(f"resume='must': the run {self.name!r} has no checkpoint, neither here nor in a store")
         self.attempt = launch.attempt
         self._stored = launch.store
+        self._saving = Saving(outbox, directory, self._loggers, self._savers)
         outbox.begin(launch.attempt, launch=launch.id, local_ranks=self._savers, base=launch.base, fresh=launch.fresh)
         self._closed = False
         _open_runs[self.dir, self.rank] = self
@@ -481,16 +482,7 @@ class Run:
             StorageError: It cannot be written; without ``strict=True`` only a full disk, by `Limits`, warns.
         """
         with self._outbox.working():
-            facts = self._check_checkpoint(step, epoch, metrics)
-            name = self._file_name(step, epoch)
-
-            def own() -> list[File]:
-                path = self._checkpoint_path(step, name)
-                size = save_state(state, path, self._saver.format, self._directory.unfinished(self.rank))
-                self._size_guess = size
-                return [File(path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=size)]
-
-            return self._hand_over_checkpoint(name, self._size_guess, own, step=step, epoch=epoch, metrics=facts)
+            return self._saving.save(state, step=step, epoch=epoch, metrics=metrics)
 
     def log_checkpoint(
         self,
@@ -525,75 +517,7 @@ class Run:
             StorageError: It cannot be read; without ``strict=True`` a full disk, by `Limits`, only warns.
         """
         with self._outbox.working():
-            place = CHECKPOINT if at is None else check_path(at)
-            facts = self._check_checkpoint(step, epoch, metrics, place)
-            if take not in ("copy", "move", "link"):
-                raise InvalidInputError(f"take={take!r}: use 'copy', 'move' or 'link'")
-            source = os.fspath(path)
-            name = ""
-            size = 0
-            if os.path.isdir(source):
-                found = walk(source)
-                if not found:
-                    raise InvalidInputError(f"{source} holds no files: a checkpoint has one at least")
-                size = sum(file.stat.st_size for file in found)
-                inside = {file.path: check_path(f"{place}/{file.path}") for file in found}
-            else:
-                name = check_path(os.path.basename(os.path.abspath(source) if at is None else place))
-                inside = {name: check_path(f"{place}/{name}") if at is None else place}
-                if at is not None and not whole and len(self._savers) > 1:
-                    raise InvalidInputError(
-                        f"at={at!r}: one file is all of the checkpoint there: say whole=True, or hand over a folder "
-                        "from each rank"
-                    )
-                with suppress(OSError):  # whoever opens it says what is wrong
-                    size = os.stat(source).st_size
-            moved: list[str] = []
-
-            def own() -> list[File]:
-                folder, sizes, gone = self._take_checkpoint(source, step, take, name)
-                moved[:] = gone
-                return [File(path=inside[n], source=f"{folder}/{n}", size=size) for n, size in sizes.items()]
-
-            handle = self._hand_over_checkpoint(
-                place, size, own, step=step, epoch=epoch, metrics=facts, place=place, whole=whole
-            )
-            if handle.state != "skipped":
-                drop(moved)
-            return handle
-
-    def _check_checkpoint(
-        self, step: Any, epoch: Any, metrics: Mapping[str, Any] | None, place: str = CHECKPOINT
-    ) -> dict[str, Any]:
-        """The metrics, clean; raises `InvalidInputError` of what no checkpoint can be called with."""
-        check_step(step)
-        if epoch is not None:
-            check_step(epoch, "epoch")
-        facts = clean_metadata(metrics)
-        if "checkpoint" in facts:
-            raise InvalidInputError("metrics['checkpoint']: that name tells where the checkpoint is; use another one")
-        clean_metadata({**facts, "step": step, "epoch": epoch, "checkpoint": place})  # together they are the version's
-        if self.rank not in self._savers:
-            raise InvalidInputError(
-                "parts of a checkpoint on several machines are not supported yet: save a whole state on rank 0 only"
-            )
-        return facts
-
-    def _hand_over_checkpoint(self, what: str, size: int, own: Callable[[], list[File]], **fields: Any) -> Handle:
-        """Let the loggers hand over what they have, then this rank's files, which ``own`` makes the run's."""
-        self._loggers.tell(lambda logger: logger.flush())
-        files = self._outbox.make_room(what, size, own)
-        if files is None:
-            return self._outbox.skipped()
-        saver = self._saver
-        waits = sum(file.size for file in files)
-        fields |= {"files": files, "best": saver.best, "keep_local": saver.keep_local}
-        handle = self._outbox.hand_over(list(self._backends), waits, CheckpointEntry, **fields)
-        if handle.state == "skipped":
-            drop(self._directory.source(file.source) for file in files)
-        if not self._backends:
-            self._prune()
-        return handle
+            return self._saving.log(path, step=step, epoch=epoch, metrics=metrics, at=at, whole=whole, take=take)
 
     def maybe_checkpoint(
         self,
@@ -620,48 +544,8 @@ class Run:
             store = self._stored
             if store is None or (local is not None and local.step >= store["metadata"]["step"]):
                 return local
-            file = self._file_name(store["metadata"]["step"], store["metadata"].get("epoch"))
+            file = self._saving.file_name(store["metadata"]["step"], store["metadata"].get("epoch"))
             return from_store(self._directory, self._backends[store["key"]][1], store, file)
-
-    def _file_name(self, step: int, epoch: int | None) -> str:
-        size = len(self._savers)
-        return self._saver.name(run_name=self.name, rank=self.rank, world_size=size, step=step, epoch=epoch)
-
-    def _checkpoint_path(self, step: int, name: str) -> str:
-        """A place that nothing was ever at: what is there may be on its way to a store."""
-        folder = os.path.join(self._directory.checkpoints, f"step-{step}")
-        turn = 1
-        while os.path.lexists(path := os.path.join(folder, name)):
-            turn += 1
-            folder = os.path.join(self._directory.checkpoints, f"step-{step}.{turn}")
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        return path
-
-    def _take_checkpoint(
-        self, source: str, step: int, take: Literal["copy", "move", "link"], name: str
-    ) -> tuple[str, dict[str, int], list[str]]:
-        """Own files of others in a folder that is theirs alone, whole or not at all: the folder, and as `take_all`."""
-        scratch = os.path.join(self._directory.unfinished(self.rank), "taken")
-        os.makedirs(os.path.dirname(scratch), mode=0o700, exist_ok=True)
-        sizes, moved = take_all(source, scratch, take, name=name)
-        folder = first = os.path.join(self._directory.checkpoints, f"step-{step}.rank{self.rank}")
-        turn = 1
-        while os.path.lexists(folder):
-            turn += 1
-            folder = f"{first}.{turn}"
-        os.rename(scratch, folder)
-        return self._directory.relative(folder), sizes, moved
-
-    def _prune(self) -> None:
-        """Without backends nobody else removes old checkpoints; one more stays while other ranks may lag."""
-        entries = [
-            e
-            for e in JournalReader(self._directory.journal(self.rank), ENTRIES).new()
-            if isinstance(e, CheckpointEntry)
-        ]
-        keep = self._saver.keep_local + (len(self._savers) > 1)
-        for entry in entries[:-keep]:
-            release(self._directory, entry)
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 

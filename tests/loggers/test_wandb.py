@@ -479,3 +479,31 @@ def test_a_key_that_is_refused(bench):
             WANDB_MODE="online",
         )
     assert out == "W&B refuses the API key\n"
+
+
+def test_sync_leaves_w_and_b_to_a_trainer_that_is_at_work(bench):
+    """Even when the uploader is gone: two that commit to one place would not know of each other."""
+    process = bench.start(
+        """
+        run = begin(WandBLogger("vision"))
+        handle = run.log_bytes("notes.txt", b"x")
+        print(json.load(open(f"{run.dir}/.run/status.json"))["pid"], flush=True)
+        sys.stdin.readline()
+        assert run.close()
+        """
+    )
+    pid = int(process.stdout.readline())
+    key = next(backend.key for backend in look(bench.directory).backends if backend.store.startswith("W&B"))
+    lock = bench.directory.backend_lock(key)
+    assert lock.held()
+    os.kill(pid, signal.SIGKILL)
+    bench.mandapa("sync", "runs")
+    assert look(bench.directory).committed
+    assert lock.held()
+    assert process.poll() is None
+    _, err = process.communicate("\n", timeout=60)
+    assert process.returncode == 0, err
+    bench.settled()
+    assert not lock.held()
+    assert len({facts(one)["mandapa"]["txn"] for one in bench.recorded()}) == len(bench.recorded())
+    assert bench.recorded()[-1].digest == bench.restored().digest

@@ -105,22 +105,33 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
         def in_time() -> bool:
             return give_up is None or time.monotonic() < give_up
 
+        def ask() -> None:
+            with open(run.request, "a", encoding="utf-8"):
+                os.utime(run.request)
+
         lock = run.uploader_lock()
         while in_time():
             if lock.take():
                 specs = {key: spec_from(value) for key, value in saved_backends(run).items()}
-                uploader = Uploader(run, specs, make={WANDB: _wandb}, once=True)
+                inside = [run.backend_lock(key) for key, spec in specs.items() if spec.store == WANDB]
+                taken = [one for one in inside if one.take()]
+                ours = taken == inside
+                if not ours:
+                    ask()  # a trainer is at work, which commits to W&B
+                uploader = Uploader(run, specs, make={WANDB: _wandb if ours else None}, once=True)
                 work = threading.Thread(target=uploader.run, daemon=True)
                 work.start()
                 while work.is_alive() and in_time():
                     work.join(_TICK)
                     watch()
                 if not work.is_alive():
-                    lock.release()
+                    for held in (lock, *taken):
+                        held.release()
+                while not ours and in_time() and any(one.held() for one in inside) and not watch():
+                    time.sleep(_TICK)
                 return
             failures = _failures(run)
-            with open(run.request, "a", encoding="utf-8"):
-                os.utime(run.request)
+            ask()
             while lock.held() and in_time():  # one that dies at its work leaves the rest to us
                 if watch():
                     return

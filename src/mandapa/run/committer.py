@@ -266,6 +266,8 @@ class Committer:
                 raise
             self._refuse(started, str(error))
             return
+        if self._hub.stopping:
+            return  # somebody else may have the journal by now; by its id the commit is found
         made = Made(n=self._journal.last + 1, txn=started.txn, version=version, number=number)
         self._journal.append(made, durable=True)
         self._fold(made)

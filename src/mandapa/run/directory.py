@@ -226,6 +226,10 @@ class RunDirectory:
         """Held by the uploader."""
         return Lock(os.path.join(self.inner, "uploader.lock"))
 
+    def backend_lock(self, key: str) -> Lock:
+        """Held by the process that commits to a backend, where that is not the uploader."""
+        return Lock(os.path.join(self.inner, f"{key}.lock"))
+
     def take_rank(self, rank: int) -> Lock:
         """The lock of a rank, for its trainer.
 

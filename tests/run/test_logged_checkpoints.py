@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, St
 from mandapa.loggers import Logger, ObjectStoreLogger
 from mandapa.repository.artifact import Artifact
 from mandapa.run.checkpoints import save_state
+from mandapa.run.run import _open_runs
 
 
 class Bench:
@@ -61,8 +62,12 @@ def below(folder: str | os.PathLike[str]) -> dict[str, str]:
 
 
 @pytest.fixture
-def bench(place: Path) -> Bench:
-    return Bench(place)
+def bench(place: Path) -> Iterator[Bench]:
+    yield Bench(place)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for run in list(_open_runs.values()):  # of a test that failed
+            run.close(timeout=0)
 
 
 PLACES = [

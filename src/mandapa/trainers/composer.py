@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError("mandapa.trainers.composer needs Composer: pip install 'mandapa[composer]'") from error
 
 from mandapa import loggers
-from mandapa.errors import InvalidInputError
+from mandapa.errors import InvalidInputError, MandapaError
 from mandapa.object_store import ObjectStore
 from mandapa.run.logger import BackendLogger
 from mandapa.trainers.composer_files import Reader
@@ -61,7 +61,7 @@ class _Destination(LoggerDestination):  # type: ignore[misc]
         if self._leads and self._training:
             try:
                 do(self._training)
-            except OSError as error:
+            except (MandapaError, OSError) as error:
                 warnings.warn(f"{what} is not logged: {error}", RuntimeWarning, stacklevel=3)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:

@@ -51,7 +51,8 @@ class Reader:
             raise NotFoundError(f"there is no {name}{SYMLINK}")
         with _named(name):
             address, place = newest_checkpoint(value_of(self._spec), name)
-            if os.path.dirname(name.partition("/")[2]) != os.path.dirname(place):
+            folder = os.path.dirname(name.partition("/")[2])
+            if folder and not f"/{os.path.dirname(place)}".endswith(f"/{folder}"):  # of another saver
                 raise NotFoundError(f"the newest checkpoint of {address} is {place}: there is no {name}")
             return f"{address}/{place}"
 

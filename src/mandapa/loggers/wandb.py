@@ -33,11 +33,12 @@ from mandapa.run.status import is_unsent
 
 __all__ = ["WandBLogger", "WandbBackend"]
 
-_PATIENCE = 60.0  # seconds after which it is told that W&B has not confirmed something yet
+_PATIENCE = 30.0  # seconds after which it is told that W&B has not confirmed something yet
+_FLUSH = "x_transaction_log_flush_interval"
 _SETTINGS = {
     "init_timeout": 10.0,  # seconds until W&B's server must have answered
     "finish_timeout": 60.0,  # seconds that W&B may take to end
-    "x_transaction_log_flush_interval": 0.5,  # seconds until W&B has written what it was given into its file
+    _FLUSH: 0.5,  # seconds until W&B has written what it was given into its file; by itself it takes 15
 }
 _TICK = 0.1
 _KEYS_MAX = 90  # of an artifact's metadata; W&B takes 100
@@ -187,9 +188,9 @@ class _Session:
             return
         settings = self._kwargs.get("settings") or {}
         if isinstance(settings, Mapping):
-            settings = {**_SETTINGS, **settings}
+            settings = {**_known(_SETTINGS), **settings}
         kwargs = {"name": self._name, **self._kwargs, **self.same, "settings": settings}
-        if not program:
+        if current is not None:
             kwargs["reinit"] = "create_new"
         if "WANDB_RUN_ID" not in os.environ:
             kwargs.setdefault("id", self._name)
@@ -229,6 +230,17 @@ class _Session:
         run, self.run = self.run, None
         if run is not None and not self._joined:
             run.finish(exit_code=exit_code)
+
+
+def _known(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that this release of W&B has."""
+    wandb: Any = importlib.import_module("wandb")
+    found = {}
+    for name, value in settings.items():
+        with suppress(Exception):  # each release refuses with another error
+            wandb.Settings(**{name: value})
+            found[name] = value
+    return found
 
 
 _ours: dict[str, str] = {}
@@ -322,7 +334,7 @@ class WandbBackend:
             "x_disable_meta": True,
             "disable_code": True,
         }
-        kwargs = {**where, **self._state.run, "settings": quiet}
+        kwargs = {**where, **self._state.run, "settings": _known(quiet)}
         if "WANDB_MODE" in os.environ:
             kwargs.pop("mode", None)
         return kwargs
@@ -442,8 +454,12 @@ class WandbBackend:
             seen = (lambda: _is_recorded(file, txn, start)) if run.offline else None
             self._logged = txn, _Confirmation(logged, seen)
         confirmation = self._logged[1]
-        if not confirmation.wait(_PATIENCE):
-            raise StorageError("W&B has not confirmed the artifact yet; it goes on trying", retryable=True)
+        writes_late = run.offline and not _known({_FLUSH: 1.0})  # W&B before 0.31
+        if writes_late and not self._program:
+            self.close()
+        if not confirmation.wait(1.0 if writes_late else _PATIENCE):
+            when = "writes its file when its run ends" if writes_late else "goes on trying"
+            raise StorageError(f"W&B has not confirmed {artifact.name} yet: it {when}", retryable=True)
         if confirmation.error is not None:
             self._logged = None  # it is logged again
             raise StorageError(f"W&B does not take the artifact {artifact.name}: {confirmation.error}", retryable=True)

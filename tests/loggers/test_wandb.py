@@ -178,6 +178,7 @@ def test_a_trainer_that_was_killed_right_after_the_call(bench):
     said = bench.mandapa("status", "runs", code=1)
     assert "waiting" in said
     assert "nobody is committing this: mandapa sync runs/net" in said
+    assert "W&B is switched off here" in bench.mandapa("sync", "runs", code=2, WANDB_MODE="disabled")
     synced = bench.mandapa("sync", "runs")
     assert "W&B has none of it yet: wandb sync runs/net/wandb/offline-run-" in synced
     artifacts = bench.recorded()

@@ -345,10 +345,13 @@ class WandbBackend:
         return bool(self.facts) and self._session.is_open
 
     def open(self) -> None:
-        """See to it that there is a W&B run. Raises as `_Session.open`."""
+        """See to it that there is a W&B run. Raises as `_Session.open`, and when W&B is switched off."""
         if not self._session.is_open:
             self._session.open()
         run = self._session.run
+        if run.disabled:
+            self.close()
+            raise InvalidInputError("W&B is switched off here (WANDB_MODE=disabled): what waits for it stays")
         self._state.run = {**self._session.same, "mode": "offline" if run.offline else "online"}
         self._save()
         self.facts["url"] = f"W&B's file {self._session.file}" if run.offline else run.url
@@ -364,7 +367,8 @@ class WandbBackend:
         """Log the run's folder; returns when W&B has confirmed it.
 
         Raises:
-            StorageError: W&B does not answer or will not have it, or the disk fails.
+            InvalidInputError: W&B will not have it.
+            StorageError: W&B does not answer, or the disk fails.
         """
         state = self._state
         if state.txn == commit.txn:
@@ -447,10 +451,10 @@ class WandbBackend:
             start = os.path.getsize(file) if os.path.exists(file) else 0
             try:
                 logged = run.log_artifact(artifact, aliases=aliases)
+            except (ValueError, TypeError) as error:  # it has one of that name and another type, say
+                raise InvalidInputError(f"W&B does not take the artifact {artifact.name}: {error}") from error
             except Exception as error:
-                raise StorageError(
-                    f"W&B does not take the artifact {artifact.name}: {error}", retryable=True
-                ) from error
+                raise StorageError(f"W&B does not answer: {error}", retryable=True) from error
             seen = (lambda: _is_recorded(file, txn, start)) if run.offline else None
             self._logged = txn, _Confirmation(logged, seen)
         confirmation = self._logged[1]

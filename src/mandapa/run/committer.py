@@ -45,7 +45,9 @@ class Hub:
     seen: dict[tuple[int, int], float] = field(default_factory=dict)
     """(rank, number) -> when the entry was first seen, by the monotonic clock."""
     urgent: bool = False
-    """Everything that waits is to be committed."""
+    """Everything is to be committed as soon as it comes."""
+    marks: dict[int, int] = field(default_factory=dict)
+    """Rank -> up to which number somebody has asked for a commit from outside."""
     asked: int = 0
     """How often somebody asked for a commit; who pauses tries again at once then."""
     newest_first: bool = False
@@ -165,16 +167,12 @@ class Committer:
 
     def _next(self) -> Batch | None:
         feed, hub, handled = self._hub.feed, self._hub, self._handled()
-        oldest = max(
-            (
-                hub.waited(rank, entry.n)
-                for rank, entries in feed.entries.items()
-                for entry in entries
-                if waits(feed, self.key, handled, rank, entry)
-            ),
-            default=0.0,
+        urgent = hub.urgent or any(
+            entry.n <= hub.marks.get(rank, 0) or hub.waited(rank, entry.n) >= self._commit_every
+            for rank, entries in feed.entries.items()
+            for entry in entries
+            if waits(feed, self.key, handled, rank, entry)
         )
-        urgent = hub.urgent or oldest >= self._commit_every
         return next_batch(feed, self.key, handled, urgent=urgent, waited=hub.waited)
 
     def pending(self) -> tuple[int, int]:

@@ -91,13 +91,14 @@ class Follower:
         self._on_entry(rank, entry)
 
     def read_request(self) -> bool:
-        """Whether somebody has asked from outside for a commit of everything; it is urgent then."""
+        """Whether somebody has asked from outside for a commit: of everything that was handed over until then."""
         request = self._requested()
         if request == self._request:
             return False
         self._request = request
+        self.read()  # what was handed over before somebody asked
         with self._hub.changed:
-            self._hub.urgent = True
+            self._hub.marks = {rank: reader.last for rank, reader in self._readers.items()}
             self._hub.asked += 1
         return True
 

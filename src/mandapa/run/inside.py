@@ -139,7 +139,5 @@ class Inside:
         done = {key: committer.done for key, committer in self._committers.items()}
         with self._hub.changed:
             self._follower.drop(done, only=True)
-        counts = [self._count(key, committer, again=True)[1] for key, committer in self._committers.items()]
-        if self._hub.urgent and not any(counts):
-            with self._hub.changed:
-                self._hub.urgent = False
+        for key, committer in self._committers.items():
+            self._count(key, committer, again=True)

@@ -203,7 +203,8 @@ class JournalReader(Generic[_T]):
         self.path = path
         self._decoder = decoder
         self._offset = 0
-        self._last = 0
+        self.last = 0
+        """The number of the last line that was read."""
         self.end = 0
         """Where the last whole line that was read ends."""
         self.damaged = 0
@@ -256,9 +257,9 @@ class JournalReader(Generic[_T]):
             self.damaged += 1
             return None
         n: int = found.n  # type: ignore[attr-defined]
-        if n <= self._last:
+        if n <= self.last:
             return None
-        self._last = n
+        self.last = n
         return found
 
 

@@ -167,9 +167,6 @@ class Uploader:
             ):
                 self._release()
             drained = not any(count for count, _ in self._counts.values())
-            if drained and not self._once and not self._ending and self._hub.urgent:
-                with self._hub.changed:
-                    self._hub.urgent = False
             self._write_status()
             if not opened and all(c.report["state"] != "opening" for c in self.committers.values()):
                 opened = True

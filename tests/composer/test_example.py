@@ -34,22 +34,21 @@ def run(folder, *arguments):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
 
 
-QUICK = ["trainer.progress_bar=false", "trainer.max_duration=2ep", "data.batch_size=256", "model.hidden=16"]
+QUICK = ["trainer.progress_bar=false", "trainer.max_duration=1ep", "data.batch_size=256", "model.hidden=16"]
 
 
-def test_the_example_makes_versions_and_goes_on(place):
-    """Everything is in a version, without secrets; another machine goes on from it; what is done is left alone."""
+def test_the_example_makes_versions(place):
+    """Everything is in a version, without secrets; what is done is left alone when it is started again."""
     url = str(place / "repo")
     store = [f"loggers.object_store.object_store_cls={url}", "loggers.object_store.object_store_kwargs={}"]
-    for folder, more in (("a", ["trainer.max_duration=1ep"]), ("b", []), ("b", [])):
-        (place / folder).mkdir(exist_ok=True)
-        found = run(place / folder, CONFIG, *QUICK, *store, *more, "seed=3")
+    for _ in range(2):
+        found = run(place, CONFIG, *QUICK, *store, "seed=3")
         assert found.returncode == 0, found.stderr
     versions = list(mandapa.open(url).artifact("digits").versions())
-    assert [version.metadata["epoch"] for version in versions if "epoch" in version.metadata] == [1, 2]
+    assert [version.metadata["epoch"] for version in versions if "epoch" in version.metadata] == [1]
     version = mandapa.open(url)["digits"]
     paths = list(version.assets)
-    for name in ("hparams.yaml", "checkpoints/ep2-", "/events.out.tfevents", "logs-rank0.txt"):
+    for name in ("hparams.yaml", "checkpoints/ep1-", "/events.out.tfevents", "logs-rank0.txt"):
         assert any(name in path for path in paths), (name, paths)
     hparams = yaml.safe_load(version.open("hparams.yaml").read())
     assert (hparams["seed"], hparams["model"]) == (3, {"hidden": 16, "dropout": 0.1})

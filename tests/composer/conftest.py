@@ -5,6 +5,15 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import warnings
 
 collect_ignore_glob = ["torchvision-stub"] if importlib.util.find_spec("composer") else ["*"]
+
+if importlib.util.find_spec("composer"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what Composer, which is frozen, imports: others go on
+        importlib.import_module("composer")
+        importlib.import_module("composer.callbacks")
+        importlib.import_module("composer.loggers")

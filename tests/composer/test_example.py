@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import subprocess
 import sys
 import warnings
@@ -74,11 +75,15 @@ def test_hparams_are_logged_without_secrets(example):
     assert logged == {"bucket": "team-bucket", "prefix": "runs", "secret_access_key": "[redacted]"}
 
 
-def test_a_wrong_call_is_one_line_and_code_2(tmp_path):
+def test_a_wrong_call_is_one_line_and_code_2(tmp_path, monkeypatch, capsys):
     """On stderr, without a traceback."""
-    found = run(tmp_path, "nowhere.yaml")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), "nowhere.yaml"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    said = capsys.readouterr()
     expected = "run_composer_trainer.py: nowhere.yaml: No such file or directory\n"
-    assert (found.returncode, found.stdout, found.stderr) == (2, "", expected)
+    assert (end.value.code, said.out, said.err) == (2, "", expected)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -349,7 +349,7 @@ def test_a_megabyte_takes_less_than_two_seconds(piece):
     assert seconds(text) < 2
 
 
-def test_a_megabyte_of_keys_takes_less_than_a_second():
+def test_a_megabyte_of_keys_takes_less_than_two_seconds():
     value = {f"token_{at}": [f"a{at}=b"] for at in range(30_000)} | {"token" * 200_000: 1}
     assert seconds(value) < 2
 

@@ -21,7 +21,7 @@ from wandb_server import wandb_server
 
 import mandapa
 from mandapa.errors import InvalidInputError
-from mandapa.loggers import WandBLogger
+from mandapa.loggers import WandBLogger, wandb_backend
 from mandapa.loggers import wandb as wandb_module
 from mandapa.run.directory import RunDirectory
 from mandapa.run.status import look
@@ -98,7 +98,7 @@ class Bench:
         """The artifacts in W&B's files, oldest first."""
         found = []
         for path in sorted(glob.glob(str(self.folder / "runs/net/wandb/offline-run-*/*.wandb"))):
-            records = [protocol.Record.FromString(data) for data in wandb_module._records(path, 0)]
+            records = [protocol.Record.FromString(data) for data in wandb_backend._records(path, 0)]
             assert records
             found += [record.artifact for record in records if record.HasField("artifact")]
         return found
@@ -178,6 +178,10 @@ def test_a_trainer_that_was_killed_right_after_the_call(bench):
     said = bench.mandapa("status", "runs", code=1)
     assert "waiting" in said
     assert "nobody is committing this: mandapa sync runs/net" in said
+    (bench.folder / "absent/wandb").mkdir(parents=True)
+    (bench.folder / "absent/wandb/__init__.py").write_text("raise ImportError('not installed')")
+    said = bench.mandapa("sync", "runs", code=2, PYTHONPATH=str(bench.folder / "absent"))
+    assert "pip install 'mandapa[wandb]'" in said
     assert "W&B is switched off here" in bench.mandapa("sync", "runs", code=2, WANDB_MODE="disabled")
     synced = bench.mandapa("sync", "runs")
     assert "W&B has none of it yet: wandb sync runs/net/wandb/offline-run-" in synced
@@ -250,7 +254,7 @@ def test_it_joins_the_run_that_the_program_has(bench):
         """
     )
     (path,) = glob.glob(str(bench.folder / "wandb/offline-run-*/run-abc.wandb"))
-    records = [protocol.Record.FromString(data) for data in wandb_module._records(path, 0)]
+    records = [protocol.Record.FromString(data) for data in wandb_backend._records(path, 0)]
     (artifact,) = [record.artifact for record in records if record.HasField("artifact")]
     assert artifact.project == "theirs"
     assert artifact.digest == bench.restored().digest
@@ -271,7 +275,7 @@ def test_a_run_of_the_program_that_is_finished_too_early(bench):
         """
     )
     files = glob.glob(str(bench.folder / "**/offline-run-*/run-abc.wandb"), recursive=True)
-    records = [protocol.Record.FromString(data) for path in files for data in wandb_module._records(path, 0)]
+    records = [protocol.Record.FromString(data) for path in files for data in wandb_backend._records(path, 0)]
     assert [record.artifact.digest for record in records if record.HasField("artifact")] == [bench.restored().digest]
 
 
@@ -326,7 +330,7 @@ def test_w_and_b_may_be_switched_off(bench):
     )
     assert not bench.recorded()
     (path,) = glob.glob(str(bench.folder / "runs/net/wandb/offline-run-*/run-net.wandb"))
-    records = [protocol.Record.FromString(data) for data in wandb_module._records(path, 0)]
+    records = [protocol.Record.FromString(data) for data in wandb_backend._records(path, 0)]
     assert any(item.value_json == "0.5" for record in records for item in record.history.item)
     config = {item.key: item.value_json for record in records for item in record.config.update}
     assert json.loads(config["lr"]) == 0.5

@@ -421,7 +421,7 @@ def test_kills(folder, monkeypatch, kind, model, seed):
     kills, halved = Counter(), 0
     with repository(kind, folder, monkeypatch) as where, Lives(model, folder, where) as lives:
         with Reader(where) as reader:
-            while kills.total() < KILLS:
+            while kills.total() < KILLS or (halved < 3 and kills.total() < 4 * KILLS):  # how many it cuts is chance
                 lives.begin(pause=0.02)
                 for _ in range(chance.choice((0, 0, 1, 2))):
                     wait_for_a_moment(lives, chance)
@@ -449,7 +449,7 @@ def test_kills(folder, monkeypatch, kind, model, seed):
         assert [Path(source).parent.name for source in kept] == [f"step-{where.steps()[-1]}"]
     assert lives.said("closed") == 1
     assert min(kills.values()) >= 3
-    assert halved >= 1  # commits that were begun, and finished by another process
+    assert halved >= 3  # commits that were begun, and finished by another process
     assert len(set(reader.steps)) >= 5
 
 

@@ -292,13 +292,13 @@ def test_what_contains_itself_is_refused():
 
 
 def seconds(value):
-    """Of CPU, the better of two, since others use the machine too."""
+    """Of CPU, the best of six, since others use the machine too."""
     taken = []
-    for _ in range(2):
+    for _ in range(6):
         began = time.process_time()
         redact(value)
         taken.append(time.process_time() - began)
-        if taken[-1] < 2:
+        if taken[-1] < 1:
             break
     return min(taken)
 
@@ -344,14 +344,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
-def test_a_megabyte_takes_less_than_two_seconds(piece):
+def test_a_megabyte_takes_less_than_a_second(piece):
     text = (piece * ((1 << 20) // len(piece) + 1))[: 1 << 20]
-    assert seconds(text) < 2
+    assert seconds(text) < 1
 
 
-def test_a_megabyte_of_keys_takes_less_than_two_seconds():
+def test_a_megabyte_of_keys_takes_less_than_a_second():
     value = {f"token_{at}": [f"a{at}=b"] for at in range(30_000)} | {"token" * 200_000: 1}
-    assert seconds(value) < 2
+    assert seconds(value) < 1
 
 
 PLAIN = st.recursive(

@@ -141,7 +141,7 @@ def _sync(run: RunDirectory, timeout: float | None, total: int) -> None:
 
 
 def _wandb(spec: BackendSpec, directory: RunDirectory, tell: Callable[[str], None]) -> Backend:
-    from mandapa.loggers.wandb import WandbBackend
+    from mandapa.loggers.wandb_backend import WandbBackend
 
     return WandbBackend(spec, directory, tell)
 

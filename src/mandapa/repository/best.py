@@ -31,12 +31,13 @@ class Contest(NamedTuple):
 
     def wins(self, metadata: Mapping[str, Any], against: VersionState | None) -> bool:
         """Whether a version of this metadata is better than another one, which may have no number or be deleted."""
-        mine = _number(metadata.get(self.metric))
+        return self.beats(metadata, {} if against is None or against.deleted is not None else against.op.metadata)
+
+    def beats(self, metadata: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+        """Whether the number in this metadata is better than that in others, where there may be none."""
+        mine, theirs = _number(metadata.get(self.metric)), _number(others.get(self.metric))
         if mine is None:
             return False
-        theirs = (
-            None if against is None or against.deleted is not None else _number(against.op.metadata.get(self.metric))
-        )
         return theirs is None or (mine < theirs if self.mode == "min" else mine > theirs)
 
     def best(self, versions: Iterable[VersionState]) -> VersionState | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ __all__ = [
     "Put",
     "checkpoint_place",
     "key_of",
+    "name_below",
     "open_repository",
     "open_store",
     "public",
@@ -212,9 +212,13 @@ class FolderCommit:
             for file in part.files:
                 path = file.path
                 if self.incomplete:
-                    inside = path.removeprefix(f"{part.place}/") if path != part.place else os.path.basename(path)
-                    path = f"{INCOMPLETE}/step-{part.step}/{inside}"
+                    path = f"{INCOMPLETE}/step-{part.step}/{name_below(path, part.place)}"
                 yield Put(path, source(file.source), file.size)
+
+
+def name_below(path: str, place: str) -> str:
+    """The name of a file in the folder ``place``; of the file ``place`` itself the last part of its name."""
+    return path.rpartition("/")[2] if path == place else path.removeprefix(f"{place}/")
 
 
 def checkpoint_place(metadata: Mapping[str, Any]) -> str:

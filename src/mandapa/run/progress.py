@@ -16,18 +16,15 @@ class Progress:
         self._started: Started | None = None
         self._versions: list[tuple[Intervals, str]] = []
         self.done = Intervals()
+        """What is committed; replaced, never changed."""
         self.newest = ""
         """The address of the newest version of the run's folder."""
         self.any = False
         """Whether it has committed anything for the run's folder."""
 
-    @property
-    def batches(self) -> int:
-        """How many it has committed."""
-        return len(self._versions)
-
     def look(self) -> Progress:
         """Read what is new."""
+        done: Intervals | None = None
         for line in self._reader.new():
             if isinstance(line, Started):
                 self._started = line
@@ -39,11 +36,16 @@ class Progress:
                 continue
             batch = Intervals()
             batch.add(started.batch)
-            self.done.add(started.batch)
+            if done is None:
+                done = Intervals()
+                done.add(self.done.stretches())
+            done.add(started.batch)
             self._versions.append((batch, line.version))
             self.any |= started.folder
             if started.folder and line.version:
                 self.newest = line.version
+        if done is not None:
+            self.done = done
         return self
 
     def version(self, rank: int, n: int) -> str:

@@ -21,8 +21,9 @@ from mandapa.address import parse_address
 from mandapa.errors import MandapaError, NotFoundError, StorageError
 from mandapa.repository.repository import Repository
 from mandapa.repository.version import Version
-from mandapa.run.backend import checkpoint_place, open_repository, spec_from
+from mandapa.run.backend import checkpoint_place, name_below, open_repository, spec_from
 from mandapa.run.process import environment
+from mandapa.run.repository_backend import newest_checkpoint as newest_of
 
 __all__ = ["error_from", "fetch", "main", "newest_checkpoint"]
 
@@ -114,10 +115,7 @@ def _fetch(
         wanted = path == top or path.startswith(inside)
         return wanted and (only is None or any(fnmatchcase(path, pattern) for pattern in only))
 
-    def rename(path: str) -> str:
-        return path.rpartition("/")[2] if path == top else path.removeprefix(inside)
-
-    result = version.restore(dest, keep=keep, rename=rename if folder else None)
+    result = version.restore(dest, keep=keep, rename=(lambda path: name_below(path, top)) if folder else None)
     return {"address": version.address, "files": result.files, "skipped": result.skipped, "size": result.bytes}
 
 
@@ -140,9 +138,9 @@ def _find(repo: Repository, address: str) -> dict[str, Any]:
     found = [one for one in repo.artifact(parsed.name).versions() if checkpoint_place(one.metadata)]
     if version is not None:
         found = [one for one in found if one.number <= version.number][-1:]
-    if not found:
+    best = newest_of(found)
+    if best is None:
         raise NotFoundError(f"{address} has no checkpoint")
-    best = max(found, key=lambda one: (one.metadata["step"], one.number))
     return {"address": (version or best).address, "place": checkpoint_place(best.metadata)}
 
 

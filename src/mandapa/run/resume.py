@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from mandapa.errors import CorruptionError, InvalidInputError, StorageError
-from mandapa.format.strict import check_path
-from mandapa.run.backend import CHECKPOINT
+from mandapa.errors import CorruptionError, StorageError
+from mandapa.run.backend import checkpoint_place, name_below
 from mandapa.run.batches import Feed, complete_checkpoints
 from mandapa.run.checkpoints import Checkpoint
 from mandapa.run.directory import Lock, RunDirectory
@@ -48,14 +47,14 @@ def newest_local(directory: RunDirectory, rank: int, progress: Iterable[Progress
     parts = max(found, key=lambda parts: (parts[0][1].step, parts[0][1].attempt, parts[0][1].n))
     first, entry = parts[0]
     own = [file for other, e in parts if other == rank for file in e.files] or entry.files
-    sources = {_name(file.path, entry.place): file.source for _, e in parts for file in e.files}
+    sources = {name_below(file.path, entry.place): file.source for _, e in parts for file in e.files}
     return Checkpoint(
         step=entry.step,
         epoch=entry.epoch,
         metrics=entry.metrics,
         version=next((address for one in progress if (address := one.look().version(first, entry.n))), ""),
         place=entry.place,
-        file=_name(own[0].path, entry.place) if len(own) == 1 else "",
+        file=name_below(own[0].path, entry.place) if len(own) == 1 else "",
         fetch=_gather(directory, sources, f"step-{entry.step}-{entry.attempt}.{entry.n}"),
     )
 
@@ -69,12 +68,11 @@ def from_store(directory: RunDirectory, backend: Mapping[str, Any], known: Mappi
     metadata = dict(known["metadata"])
     address: str = known["address"]
     step, epoch = metadata.pop("step"), metadata.pop("epoch", None)
-    place = CHECKPOINT
+    place = checkpoint_place(known["metadata"])
+    if not place:
+        raise CorruptionError(f"{address}: where its checkpoint is: {metadata['checkpoint']!r} is no path")
     if isinstance(metadata.get("checkpoint"), str):  # else it is a number of the user's, from before that word was ours
-        try:
-            place = check_path(metadata.pop("checkpoint"))
-        except InvalidInputError as error:
-            raise CorruptionError(f"{address}: where its checkpoint is: {error}") from error
+        del metadata["checkpoint"]
 
     def fetch_(dest: Dest) -> str:
         target = os.path.join(directory.path, "resume", address.replace(":", "-")) if dest is None else os.fspath(dest)
@@ -123,11 +121,6 @@ def _gather(directory: RunDirectory, sources: Mapping[str, str], folder: str) ->
         return target
 
     return gather
-
-
-def _name(path: str, place: str) -> str:
-    """Of a file in its checkpoint's folder."""
-    return os.path.basename(path) if path == place else path.removeprefix(f"{place}/")
 
 
 def _is_there(directory: RunDirectory, file: File) -> bool:

@@ -141,13 +141,18 @@ class Saving:
         return self._saver.name(run_name=self._directory.name, rank=self.rank, world_size=size, step=step, epoch=epoch)
 
     def _new_path(self, step: int, name: str) -> str:
-        """A place that nothing was ever at: what is there may be on its way to a store."""
-        folder = os.path.join(self._directory.checkpoints, f"step-{step}")
-        turn = 1
-        while os.path.lexists(path := os.path.join(folder, name)):
-            turn += 1
-            folder = os.path.join(self._directory.checkpoints, f"step-{step}.{turn}")
+        """Where a state is written."""
+        path = self._free(f"step-{step}", f"/{name}")
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        return path
+
+    def _free(self, folder: str, inside: str = "") -> str:
+        """A place that nothing was ever at: what is there may be on its way to a store."""
+        first = os.path.join(self._directory.checkpoints, folder)
+        path, turn = f"{first}{inside}", 1
+        while os.path.lexists(path):
+            turn += 1
+            path = f"{first}.{turn}{inside}"
         return path
 
     def _take(
@@ -157,11 +162,7 @@ class Saving:
         scratch = os.path.join(self._directory.unfinished(self.rank), "taken")
         os.makedirs(os.path.dirname(scratch), mode=0o700, exist_ok=True)
         sizes, moved = take_all(source, scratch, take, name=name)
-        folder = first = os.path.join(self._directory.checkpoints, f"step-{step}.rank{self.rank}")
-        turn = 1
-        while os.path.lexists(folder):
-            turn += 1
-            folder = f"{first}.{turn}"
+        folder = self._free(f"step-{step}.rank{self.rank}")
         os.rename(scratch, folder)
         return self._directory.relative(folder), sizes, moved
 

@@ -160,11 +160,7 @@ class Uploader:
                 self._unnoticed = False
                 with self._hub.changed:
                     self._hub.changed.notify_all()
-            if (
-                changed
-                or self._others_went_on()
-                or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True))
-            ):
+            if changed or any(a is not b for a, b in zip(self._done().values(), self._seen_done, strict=True)):
                 self._release()
             drained = not any(count for count, _ in self._counts.values())
             self._write_status()
@@ -209,11 +205,6 @@ class Uploader:
         some, calls = self._follower.read()
         self._unnoticed |= some
         return calls
-
-    def _others_went_on(self) -> bool:
-        """Whether a backend that others commit to has something new."""
-        before = [progress.batches for progress in self._others.values()]
-        return before != [progress.look().batches for progress in self._others.values()]
 
     # -- durable ------------------------------------------------------------------------------------------------------
 

@@ -84,13 +84,13 @@ def test_parts_and_large_files(index):
     index.feed(Leaf([OTHER], [LargeFileRow("a", 9, 0, name(99), (PartAddress(0, 16, 9, name(98), 9),))]))
     assert len(index.lookup([name(i) for i in range(20)])) == 9
     pieces = [Piece(CONTAINER, 16 + i, 1, 1, 0, name(i)) for i in range(9)]
-    index.remember_asset(name(99), pieces)
+    index.remember_asset(name(99), part.rows, part.containers)
     assert index.lookup_asset(name(99)) == tuple(pieces)
 
 
 def test_deltas_are_not_taught(index):
     """A chunk that needs another one is no help to anybody else."""
-    base = (0, 16, 5, 5, 0, name(5))
+    base = Chunk(0, 16, 5, 5, 0, name(5))
     index.feed(Leaf([CONTAINER], [FileRow("a", 5, 0, name(1), (Chunk(0, 30, 2, 5, 7, b"", base),))]))
     assert index.lookup([name(1)]) == {}
 

@@ -151,7 +151,7 @@ def shapes(leaf, rows):
     )
     delta = Leaf(
         [PACK, META],
-        [FileRow("w.bin", 12, 0, digest(HELLO), (Chunk(1, 16, 9, 12, 7, b"", (0, 16, 12, 12, 0, digest(HELLO))),))],
+        [FileRow("w.bin", 12, 0, digest(HELLO), (Chunk(1, 16, 9, 12, 7, b"", Chunk(0, 16, 12, 12, 0, digest(HELLO))),))],
     )
     return {
         "part": part_raw,

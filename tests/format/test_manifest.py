@@ -201,23 +201,17 @@ def test_the_limits_themselves_pass():
 
 
 def test_a_full_leaf_of_the_longest_rows_can_be_stored():
-    """1,024 files of 64 deltas each, every chunk and base in a container of its own, and 1,020 bytes of path."""
-    table = [b"p" + n.to_bytes(16, "big") for n in range(2 * 64 * 1024)]
+    """1,024 files of 64 deltas of deltas each, every chunk in a container of its own, and 1,020 bytes of path."""
+    table = [b"p" + n.to_bytes(16, "big") for n in range(3 * 64 * 1024)]
     rows = []
     for n in range(1024):
-        base = n * 128
-        chunks = [
-            m.Chunk(
-                base + 2 * k,
-                2**24,
-                2**23,
-                CHUNK_MAX,
-                300,
-                digest(b"%d" % (base + k)),
-                (base + 2 * k + 1, 2**24, 2**23, CHUNK_MAX, 300, H),
-            )
-            for k in range(64)
-        ]
+        chunks = []
+        for k in range(64):
+            chunk = None
+            for at in range(3):
+                number = (n * 64 + k) * 3 + at
+                chunk = m.Chunk(number, 2**24, 2**23, CHUNK_MAX, 300, digest(b"%d" % number), chunk)
+            chunks.append(chunk)
         path = "/".join([f"{n:04}" + "x" * 200] * 4) + "/" + "y" * 200
         rows.append(m.FileRow(path, 64 * CHUNK_MAX, 0, D, tuple(chunks)))
     raw, _ = m.encode_node(m.Leaf(table, rows))

@@ -12,7 +12,6 @@ from mandapa.digest import digest
 from mandapa.format.manifest import (
     Branch,
     ChildRow,
-    Chunk,
     FileRow,
     LargeFileRow,
     Leaf,
@@ -215,20 +214,12 @@ def _move_row(row: Row, table: Sequence[bytes], number: Callable[[bytes], int]) 
             at = number(table[chunk.container])
             if at == chunk.container and chunk.base is None:
                 return row
-        return FileRow(row.path, row.size, row.mode, row.digest, tuple([move_chunk(c, table, number) for c in chunks]))
+        return FileRow(row.path, row.size, row.mode, row.digest, tuple([c.moved(table, number) for c in chunks]))
     if isinstance(row, LargeFileRow):
         parts = tuple([msgspec.structs.replace(p, container=number(table[p.container])) for p in row.parts])
         # The packs that the parts need stand in the parts' own tables.
         return msgspec.structs.replace(row, parts=parts)
     return row
-
-
-def move_chunk(chunk: Chunk, table: Sequence[bytes], number: Callable[[bytes], int]) -> Chunk:
-    """The chunk with its container numbers taken from another table."""
-    base = chunk.base
-    if base is not None:
-        base = (number(table[base[0]]), *base[1:])
-    return Chunk(number(table[chunk.container]), chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash, base)
 
 
 class _Cursor:

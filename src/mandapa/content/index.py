@@ -7,7 +7,7 @@ import sqlite3
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 from zlib import crc32
@@ -57,13 +57,14 @@ class Piece(NamedTuple):
     base: Piece | None = None
     """The chunk that this is a delta to."""
 
+    def chain(self) -> tuple[Piece, ...]:
+        """The chunk, its base, and the base of that: all that decoding needs."""
+        return (self,) if self.base is None else (self, *self.base.chain())
+
 
 def piece_of(chunk: Chunk, hash_: bytes, table: Sequence[bytes]) -> Piece:
     """One chunk, free of its table."""
-    base = None
-    if chunk.base is not None:
-        container, offset, stored, raw, codec, base_hash = chunk.base
-        base = Piece(table[container], offset, stored, raw, codec, base_hash)
+    base = None if chunk.base is None else piece_of(chunk.base, chunk.base.hash, table)
     return Piece(table[chunk.container], chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, base)
 
 
@@ -124,12 +125,7 @@ class Index:
             if encoded is not None:
                 with suppress(msgspec.DecodeError, IndexError):
                     part = _decode_part(encoded)
-                    return tuple(
-                        [
-                            Piece(part.containers[c.container], c.offset, c.stored, c.raw, c.codec, c.hash)
-                            for c in part.rows
-                        ]
-                    )
+                    return tuple([piece_of(chunk, chunk.hash, part.containers) for chunk in part.rows])
         return None
 
     def feed(self, node: Leaf | Part) -> None:
@@ -139,15 +135,10 @@ class Index:
             if len(self._nodes) >= _PENDING_NODES:
                 self._write()
 
-    def remember_asset(self, digest_: bytes, pieces: Iterable[Piece]) -> None:
-        """Remember the chunks of a whole asset of more than one chunk."""
-        numbers: dict[bytes, int] = {}
-        rows = [
-            Chunk(numbers.setdefault(p.container, len(numbers)), p.offset, p.stored, p.raw, p.codec, p.hash)
-            for p in pieces
-        ]
+    def remember_asset(self, digest_: bytes, chunks: Sequence[Chunk], table: Sequence[bytes]) -> None:
+        """Remember the chunks of a whole asset of more than one chunk, which name containers by places in ``table``."""
         with self._guarded():
-            self._assets.append((digest_, Part(list(numbers), rows)))
+            self._assets.append((digest_, Part.of(chunks, table)))
 
     def known_file(self, path: str, stat: os.stat_result) -> bytes | None:
         """The digest of the file at the absolute ``path``, if it was hashed and has not changed since."""
@@ -371,23 +362,13 @@ def _collect(node: Leaf | Part, chunks: list[tuple[bytes, bytes]], assets: list[
             elif several:
                 for chunk in several:
                     _collect_chunk(chunk, chunk.hash, table, chunks)
-                if all(chunk.base is None for chunk in several):
-                    assets.append((row.digest, _own_table(several, table)))
+                assets.append((row.digest, Part.of(several, table)))
 
 
 def _collect_chunk(chunk: Chunk, hash_: bytes, table: Sequence[bytes], chunks: list[tuple[bytes, bytes]]) -> None:
     if chunk.base is None:  # a delta is no use without what it is a delta to
         place = _PLACE.pack(table[chunk.container], chunk.offset, chunk.stored, chunk.raw, chunk.codec)
         chunks.append((hash_, place + _CHECK.pack(crc32(place, crc32(hash_)))))
-
-
-def _own_table(chunks: Sequence[Chunk], table: Sequence[bytes]) -> Part:
-    numbers: dict[bytes, int] = {}
-    rows = [
-        Chunk(numbers.setdefault(table[c.container], len(numbers)), c.offset, c.stored, c.raw, c.codec, c.hash)
-        for c in chunks
-    ]
-    return Part(list(numbers), rows)
 
 
 def _identity(stat: os.stat_result) -> bytes:

@@ -304,18 +304,15 @@ class Placer:
         container = piece.container
         if container not in self._inherited and container not in self._packer.fresh:
             self.hits.add(container)
-        base = piece.base
-        if base is not None:
-            if base.container not in self._inherited and base.container not in self._packer.fresh:
-                self.hits.add(base.container)
-            return Chunk(
-                self._packer.number(container),
-                *piece[1:6],
-                (self._packer.number(base.container), base.offset, base.stored, base.raw, base.codec, base.hash),
-            )
-        chunk = Chunk(self._packer.number(container), *piece[1:5])
+        base = None if piece.base is None else self._base(piece.base)
+        chunk = Chunk(self._packer.number(container), *piece[1:5], b"", base)
         self.placed[piece.hash] = chunk
         return chunk
+
+    def _base(self, piece: Piece) -> Chunk:
+        """A chunk that another one is a delta to, as that one's row names it."""
+        chunk = self.adopt(piece)
+        return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, piece.hash, chunk.base)
 
     def add(self, hash_: bytes, raw: int, codec: int, stored: Buffer) -> Chunk:
         """Store a chunk; its ``hash`` field is empty."""

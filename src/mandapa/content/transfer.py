@@ -220,8 +220,7 @@ class RowMaker:
         if len(named) <= INLINE_CHUNKS:
             return Located(FileRow(at, size, mode, digest_, tuple(named)), self._packer.table)
         table = self._packer.table
-        if all(chunk.base is None for chunk in named):
-            self._index.remember_asset(digest_, [Piece(table[c.container], *_fields(c)) for c in named])
+        self._index.remember_asset(digest_, named, table)
         return Located(LargeFileRow(at, size, mode, digest_, tuple(self._parts(named, base))), table)
 
     def _parts(self, chunks: list[Chunk], base: Located | None) -> Iterator[PartAddress]:
@@ -258,24 +257,14 @@ class RowMaker:
         return old
 
     def _new_part(self, chunks: Sequence[Chunk]) -> PartAddress:
-        numbers: dict[bytes, int] = {}
-        table = self._packer.table
-
-        def number(container: int) -> int:
-            return numbers.setdefault(table[container], len(numbers))
-
-        rows = []
-        for c in chunks:
-            own = None if c.base is None else (number(c.base[0]), *c.base[1:])
-            rows.append(Chunk(number(c.container), c.offset, c.stored, c.raw, c.codec, c.hash, own))
-        node = Part(list(numbers), rows)
+        node = Part.of(chunks, self._packer.table)
         raw, stored = encode_node(node)
         hash_ = digest(raw)
         address = self._packer.add_node(hash_, stored, len(raw))
         self._nodes.remember(hash_, node)
         self._index.feed(node)
         container = self._packer.number(address.container)
-        return PartAddress(container, address.offset, address.stored, hash_, sum([c.raw for c in rows]))
+        return PartAddress(container, address.offset, address.stored, hash_, sum([c.raw for c in chunks]))
 
 
 def bare(chunk: Chunk) -> Chunk:
@@ -289,7 +278,3 @@ def _named(chunk: Chunk, hash_: bytes) -> Chunk:
     if chunk.hash:
         return chunk
     return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, hash_, chunk.base)
-
-
-def _fields(chunk: Chunk) -> tuple[int, int, int, int, bytes]:
-    return chunk.offset, chunk.stored, chunk.raw, chunk.codec, chunk.hash

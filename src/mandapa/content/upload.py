@@ -465,7 +465,7 @@ class Upload:
             pieces = list(pieces_of(base, self._nodes.load))
         except (NotFoundError, CorruptionError):  # a reader of the base will say so
             return []
-        containers = [piece.container for piece in pieces]
+        containers = {one.container for piece in pieces for one in piece.chain()}
         if not self._placer.bad.isdisjoint(containers):
             return []
         self._placer.inherit(containers)
@@ -479,9 +479,7 @@ class Upload:
     def _store_again(self, pieces: Sequence[Piece], path: str) -> list[tuple[bytes, Chunk]] | None:
         """The chunks, those in bad containers read from there and stored anew; None when there are none."""
         placer = self._placer
-        bad = [
-            p for p in pieces if p.container in placer.bad or (p.base is not None and p.base.container in placer.bad)
-        ]
+        bad = [p for p in pieces if not placer.bad.isdisjoint([one.container for one in p.chain()])]
         if not bad:
             return None
         elsewhere = placer.find([piece.hash for piece in bad])
@@ -541,4 +539,4 @@ def _differs(digest_: bytes, base: Located | None) -> bool:
 def _numbers(row: FileRow | LargeFileRow) -> list[int]:
     if isinstance(row, LargeFileRow):
         return [part.container for part in row.parts]
-    return [chunk.container for chunk in row.chunks]
+    return [number for chunk in row.chunks for number in chunk.numbers()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+from collections.abc import Callable, Sequence
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -28,6 +29,7 @@ else:
     from backports import zstd
 
 __all__ = [
+    "BASES_MAX",
     "INLINE_CHUNKS",
     "PART_CHUNKS",
     "Branch",
@@ -56,6 +58,9 @@ INLINE_CHUNKS = 64
 
 PART_CHUNKS = 1024
 """Chunks in a part, at most."""
+
+BASES_MAX = 2
+"""A chunk may have a base, and that one a base of its own, which has none."""
 
 PARTS_MAX = 16_384
 """Parts of a file, at most: 64 TiB in chunks of 4 MiB."""
@@ -87,8 +92,17 @@ class Chunk(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=
     codec: int
     hash: bytes = b""
     """BLAKE3 of the raw bytes; empty where the asset has one chunk: its digest is the chunk's."""
-    base: tuple[int, int, int, int, int, bytes] | None = None
-    """For codecs that need one: container, offset, stored, raw, codec and hash of the chunk this is a delta to."""
+    base: Chunk | None = None
+    """For codecs that need one: the chunk that this is a delta to, which carries its hash; see `BASES_MAX`."""
+
+    def numbers(self) -> tuple[int, ...]:
+        """The containers of the chunk, of its base, and of the base of that, as indices in the leaf's table."""
+        return (self.container,) if self.base is None else (self.container, *self.base.numbers())
+
+    def moved(self, table: Sequence[bytes], number: Callable[[bytes], int]) -> Chunk:
+        """The chunk with its container numbers, which are those of ``table``, as ``number`` gives them."""
+        base = None if self.base is None else self.base.moved(table, number)
+        return Chunk(number(table[self.container]), self.offset, self.stored, self.raw, self.codec, self.hash, base)
 
 
 class FileRow(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, tag=0, gc=False):
@@ -184,6 +198,13 @@ class Part(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=T
 
     containers: list[Container]
     rows: list[Chunk]
+
+    @classmethod
+    def of(cls, chunks: Sequence[Chunk], table: Sequence[bytes]) -> Part:
+        """A part of these chunks, which name their containers by their places in ``table``."""
+        numbers: dict[bytes, int] = {}
+        rows = [chunk.moved(table, lambda container: numbers.setdefault(container, len(numbers))) for chunk in chunks]
+        return cls(list(numbers), rows)
 
 
 Node: TypeAlias = Leaf | Branch | Part
@@ -284,17 +305,15 @@ def _check_range(container: int, offset: int, stored: int, count: int) -> None:
         raise _BrokenError("a range outside its container")
 
 
-def _check_chunk(chunk: Chunk, count: int, hash_size: int) -> None:
+def _check_chunk(chunk: Chunk, count: int, hash_size: int, bases_left: int = BASES_MAX) -> None:
     _check_range(chunk.container, chunk.offset, chunk.stored, count)
     _check_coding(chunk.stored, chunk.raw, chunk.codec)
     if len(chunk.hash) != hash_size:
         raise _BrokenError("the hash of a chunk")
     if chunk.base is not None:
-        container, offset, stored, raw, codec, hash_ = chunk.base
-        _check_range(container, offset, stored, count)
-        _check_coding(stored, raw, codec)
-        if len(hash_) != DIGEST_SIZE:
-            raise _BrokenError("the base of a chunk")
+        if bases_left == 0:
+            raise _BrokenError("a chunk with more than two bases, one below the other")
+        _check_chunk(chunk.base, count, DIGEST_SIZE, bases_left - 1)
 
 
 def _check_coding(stored: int, raw: int, codec: int) -> None:

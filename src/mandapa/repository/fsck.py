@@ -302,13 +302,9 @@ class _Check:
         pieces = self._pieces(located)
         self._files.setdefault(_content(row, pieces), located)
         for piece in pieces:
-            self._chunk(piece, row.path)
-            reached.add(piece.container)
-            if piece.base is not None:
-                self._chunk(piece.base, row.path)
-                reached.add(piece.base.container)
-                if CODECS[piece.base.codec].needs_base:
-                    self._found("I6", row.path, "a chunk is a delta to a chunk that is a delta itself")
+            for one in piece.chain():
+                self._chunk(one, row.path)
+                reached.add(one.container)
         if isinstance(row, LargeFileRow):
             for part in row.parts:
                 self._part(self._reader.load(child_address(part, table)), row.path)
@@ -316,7 +312,7 @@ class _Check:
                 self._ranges[table[part.container]].add((part.offset, part.stored, ZSTD, part.hash))
                 reached.add(table[part.container])
             return {part.container for part in row.parts}
-        return {number for chunk in row.chunks for number in (chunk.container, *((chunk.base or ())[:1]))}
+        return {number for chunk in row.chunks for number in chunk.numbers()}
 
     def _pieces(self, located: Located) -> list[Piece]:
         row, table = located
@@ -329,15 +325,18 @@ class _Check:
 
     def _part(self, part: Node, path: str) -> None:
         if isinstance(part, Part):
-            needed = {number for chunk in part.rows for number in (chunk.container, *((chunk.base or ())[:1]))}
+            needed = {number for chunk in part.rows for number in chunk.numbers()}
             if needed != set(range(len(part.containers))) or len(set(part.containers)) != len(part.containers):
                 self._found("I5", path, "a part's table names a container twice, or one that no chunk needs")
 
     def _chunk(self, piece: Piece, path: str) -> None:
         self._extend(piece.container, piece.offset + piece.stored)
         self._ranges[piece.container].add((piece.offset, piece.stored, piece.codec, piece.hash))
-        if piece.codec not in CODECS:
+        codec = CODECS.get(piece.codec)
+        if codec is None:
             raise _FlawError("I6", f"{path!r} uses the codec {piece.codec}, which this mandapa does not have")
+        if codec.needs_base != (piece.base is not None):
+            self._found("I6", path, f"a chunk of codec {codec.feature} has a base, or lacks one")
 
     def _extend(self, container: bytes, end: int) -> None:
         if end > self._extent.get(container, 0):

@@ -61,6 +61,4 @@ def containers_of(reader: NodeReader, located: Located) -> Iterator[bytes]:
         yield from [table[part.container] for part in row.parts]
     with suppress(NotFoundError):
         for piece in pieces_of(located, reader.load):
-            yield piece.container
-            if piece.base is not None:
-                yield piece.base.container
+            yield from [one.container for one in piece.chain()]

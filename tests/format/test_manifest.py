@@ -69,8 +69,9 @@ def test_every_kind_of_row_is_read():
     assert len(read(part(*TWO)).rows) == 2
     assert read(branch(CHILD)).level == 1
     assert read(leaf(table=())).rows == []
-    with_base = changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [1, 16, 9, 9, 0, D]])
-    assert read(leaf(with_base, table=(P, M))).rows[0].chunks[0].base == (1, 16, 9, 9, 0, D)
+    with_base = changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [1, 16, 9, 9, 7, D, [0, 16, 9, 9, 0, H]]])
+    first = m.Chunk(0, 16, 9, 9, 0, H)
+    assert read(leaf(with_base, table=(P, M))).rows[0].chunks[0].base == m.Chunk(1, 16, 9, 9, 7, D, first)
 
 
 BROKEN = {
@@ -121,7 +122,12 @@ BROKEN = {
     "base outside": leaf(changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [1, 16, 9, 9, 0, D]])),
     "base without hash": leaf(changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [0, 16, 9, 9, 0, b""]])),
     "base too large": leaf(changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [0, 16, 9, CHUNK_MAX + 1, 1, D]])),
-    "base of a base": leaf(changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [0, 16, 9, 9, 0, D, None]])),
+    "base of a base without hash": leaf(
+        changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [0, 16, 9, 9, 7, D, [0, 16, 9, 9, 0, b""]]])
+    ),
+    "three bases": leaf(
+        changed(FILE, (5, 0), [0, 16, 4, 9, 7, b"", [0, 16, 9, 9, 7, D, [0, 16, 9, 9, 7, D, [0, 16, 9, 9, 0, D]]]])
+    ),
     "large file without parts": leaf(changed(changed(LARGE, (5,), []), (2,), 0)),
     "large file of another size": leaf(changed(LARGE, (2,), 999)),
     "too many parts": leaf(changed(changed(LARGE, (5,), [[0, 16, 40, D, 1]] * 16_385), (2,), 16_385)),
@@ -271,7 +277,9 @@ def leaves(draw):
             count = draw(st.integers(0, 4))
             chunks = []
             for _ in range(count):
-                base = (*draw(place), draw(st.integers(1, CHUNK_MAX)), 1, draw(hashes)) if draw(st.booleans()) else None
+                base = None
+                for codec in range(draw(st.integers(0, 2))):
+                    base = m.Chunk(*draw(place), draw(st.integers(1, CHUNK_MAX)), codec + 1, draw(hashes), base)
                 where = draw(place)
                 hash_ = b"" if count == 1 else draw(hashes)
                 chunks.append(

@@ -7,13 +7,14 @@ header only the lengths of its name and padding are used. All other archives are
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from struct import Struct
-from typing import Any
+from typing import Any, NamedTuple
 
 from mandapa.content.cutters.layout import HEADER_MAX, MEMBERS_MAX, SMALLEST, Member
 from mandapa.content.cutters.source import Source, read_some
 
-__all__ = ["archive_members"]
+__all__ = ["Archive", "Entry", "Refused", "archive_members", "archives_of", "local_data_start"]
 
 _LOCAL = Struct("<4s2xHH16xHH")
 _ENTRY = Struct("<4s4xHH4xIIIHHHH6xI")
@@ -22,39 +23,62 @@ _END64 = Struct("<4sQ4xIIQQQQ")
 _LOCATOR = Struct("<4sIQI")
 _U16 = 0xFFFF
 _U32 = 0xFFFFFFFF
+_DESCRIPTOR = 1 << 3
 _REFUSED_FLAGS = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, a patch, strongly encrypted, masked
 _TAIL = 4096
+_NOT_OURS = "it is an archive that neither torch nor NumPy writes"
 
 
-class _Refused(Exception):  # noqa: N818 - not an error: it never leaves this file
-    """The archive is not one of ours."""
+class Refused(ValueError):  # noqa: N818 - not an error: whoever reads archives catches it
+    """The archive is not one of ours; the message says what it is instead."""
+
+
+class Entry(NamedTuple):
+    """One member, as the central directory has it."""
+
+    name: bytes
+    record: int
+    """Where its local header starts in the file."""
+    size: int
+    crc: int
+    flags: int
+    wide: bool
+    """Whether size or place did not fit in 32 bits."""
 
 
 def archive_members(source: Source) -> list[Member] | None:
-    """The members of all archives in the file, in the order of their bytes; None when they do not fill it.
-
-    torch.distributed.checkpoint writes one archive for each tensor, back to back, so the file is walked from its end:
-    the directory there tells where its archive starts, which is where the one before ends.
-    """
-    archives: list[list[Member]] = []
-    end = source.size
-    members_left, header_left = MEMBERS_MAX, HEADER_MAX
+    """The members of all archives in the file, in the order of their bytes; None when they do not fill it."""
     try:
-        while end > 0:
-            archive = _Archive(source, end)
-            members_left -= archive.count + 1
-            header_left -= archive.directory_size
-            if members_left < 0 or header_left < 0:
-                return None
-            archives.append(archive.members())
-            end = archive.start
-    except _Refused:
+        archives = [archive.members() for archive in archives_of(source)]
+    except Refused:
         return None
     return [member for members in reversed(archives) for member in members]
 
 
-class _Archive:
-    """One archive that ends at ``end``: checks all that its last records say, then its members."""
+def archives_of(source: Source) -> Iterator[Archive]:
+    """The archives that the file consists of, the last one first; raises `Refused` when they do not fill it.
+
+    torch.distributed.checkpoint writes one archive for each tensor, back to back, so the file is walked from its end:
+    the directory there tells where its archive starts, which is where the one before ends.
+    """
+    end = source.size
+    members_left, header_left = MEMBERS_MAX, HEADER_MAX
+    while end > 0:
+        archive = Archive(source, end)
+        members_left -= archive.count + 1
+        header_left -= archive.directory_size
+        _require(members_left >= 0 and header_left >= 0, "it has too many members")
+        yield archive
+        end = archive.start
+
+
+class Archive:
+    """One archive that ends at ``end``: checks all that its last records say, then its members.
+
+    Attributes:
+        start: Where it begins in the file.
+        directory: Where its central directory begins, and its last member is over.
+    """
 
     def __init__(self, source: Source, end: int) -> None:
         self._source = source
@@ -76,45 +100,66 @@ class _Archive:
             _require(disk == 0 and disks <= 1 and record == offset + size)
         self.count: int = count
         self.directory_size: int = size
-        self._directory: int = directory_end - size
-        self.start: int = self._directory - offset
+        self.directory: int = directory_end - size
+        self.start: int = self.directory - offset
         _require(self.start >= 0 and 0 < count * _ENTRY.size <= size <= HEADER_MAX)
 
-    def members(self) -> list[Member]:
-        """The members, checked to be in order and not to overlap, and the directory as the last one."""
-        directory = self._read(self._directory, self.directory_size)
-        local = bytearray(_LOCAL.size)
-        local_view = memoryview(local)
-        found = []
+    def entries(self) -> Iterator[Entry]:
+        """The members in the order of the directory, which nothing has compared with the local headers yet."""
+        directory = self._read(self.directory, self.directory_size)
         at = 0
-        floor = self.start
         for _ in range(self.count):
             _require(at + _ENTRY.size <= len(directory))
             magic, flags, method, crc, stored, size, name, extra, comment, disk, offset = _ENTRY.unpack_from(
                 directory, at
             )
-            _require(magic == b"PK\x01\x02" and method == 0 and not flags & _REFUSED_FLAGS and disk == 0)
-            extra_at = at + _ENTRY.size + name
+            _require(method == 0, "its members are compressed")
+            _require(magic == b"PK\x01\x02" and not flags & _REFUSED_FLAGS and disk == 0)
+            name_at = at + _ENTRY.size
+            extra_at = name_at + name
             at = extra_at + extra + comment
-            if _U32 in (stored, size, offset):
+            wide = _U32 in (stored, size, offset)
+            if wide:
                 size, stored, offset = _zip64(directory[extra_at : extra_at + extra], [size, stored, offset])
             _require(stored == size)
-            record = self.start + offset
-            _require(floor <= record < self._directory)
+            yield Entry(bytes(directory[name_at:extra_at]), self.start + offset, size, crc, flags, wide)
+        _require(at == len(directory))
+
+    def members(self) -> list[Member]:
+        """The members, checked to be in order and not to overlap, and the directory as the last one."""
+        local = bytearray(_LOCAL.size)
+        local_view = memoryview(local)
+        found = []
+        floor = self.start
+        for name, record, size, crc, flags, _ in self.entries():
+            _require(floor <= record < self.directory)
             if size >= SMALLEST:
                 _require(self._source.readinto(record, local_view) == _LOCAL.size)
-                magic, local_flags, method, name, extra = _LOCAL.unpack(local)
-                _require(magic == b"PK\x03\x04" and local_flags == flags and method == 0)
-                start = record + _LOCAL.size + name + extra
+                start = local_data_start(local, record, flags)
                 floor = start + size
             else:
                 # Never alone, so where exactly its bytes start is not worth a read.
-                start = floor = record + _LOCAL.size + name + size
-            _require(floor <= self._directory)
+                start = floor = record + _LOCAL.size + len(name) + size
+            _require(floor <= self.directory)
             found.append(Member(record, start, floor, crc))
-        _require(at == len(directory))
-        found.append(Member(self._directory, self._end, self._end, 0))
+        found.append(Member(self.directory, self._end, self._end, 0))
         return found
+
+    def data_starts(self, entries: list[Entry]) -> list[int]:
+        """Where the bytes of each member start, from the directory alone: they end where the next record starts.
+
+        True of what torch and NumPy write, which leave no gaps; `local_data_start` tells whether it is of a member.
+        """
+        starts = []
+        end = self.directory
+        for entry in reversed(entries):
+            # What torch appends to a member: its checksum and sizes, of 32 or 64 bits.
+            descriptor = (24 if entry.wide else 16) if entry.flags & _DESCRIPTOR else 0
+            start = end - descriptor - entry.size
+            _require(self.start <= entry.record <= start - _LOCAL.size - len(entry.name), "its members overlap")
+            starts.append(start)
+            end = entry.record
+        return starts[::-1]
 
     def _unpack(self, record: Struct, offset: int) -> tuple[Any, ...]:
         _require(offset >= self._tail_start and offset - self._tail_start + record.size <= len(self._tail))
@@ -126,6 +171,14 @@ class _Archive:
         data = read_some(self._source, offset, length)
         _require(len(data) == length)
         return data
+
+
+def local_data_start(header: bytes | bytearray | memoryview, record: int, flags: int) -> int:
+    """Where the bytes of a member start, whose local header starts at ``record`` with these 30 bytes or more."""
+    _require(len(header) >= _LOCAL.size)
+    magic, local_flags, method, name, extra = _LOCAL.unpack_from(header)
+    _require(magic == b"PK\x03\x04" and local_flags == flags and method == 0)
+    return record + _LOCAL.size + int(name) + int(extra)
 
 
 def _zip64(extra: bytearray, values: list[int]) -> list[int]:
@@ -143,9 +196,9 @@ def _zip64(extra: bytearray, values: list[int]) -> list[int]:
         for place, index in enumerate(large):
             values[index] = int.from_bytes(field[8 * place : 8 * place + 8], "little")
         return values
-    raise _Refused
+    raise Refused(_NOT_OURS)
 
 
-def _require(condition: bool) -> None:
+def _require(condition: bool, otherwise: str = _NOT_OURS) -> None:
     if not condition:
-        raise _Refused
+        raise Refused(otherwise)

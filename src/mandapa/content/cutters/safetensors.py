@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import zlib
+from typing import TypeVar
 
 import msgspec
 
 from mandapa.content.cutters.layout import HEADER_MAX, MEMBERS_MAX, Member
 from mandapa.content.cutters.source import Source, read_some
 
-__all__ = ["safetensors_members"]
+__all__ = ["Placed", "safetensors_entries", "safetensors_members"]
 
 
-class _Tensor(msgspec.Struct, gc=False):
-    # Only `__metadata__` has none. What is not declared here is skipped without being built.
+class Placed(msgspec.Struct, gc=False):
+    """Where a tensor's bytes are, counted from the header's end; what a subclass does not add is skipped unbuilt."""
+
     data_offsets: tuple[int, int] | None = None
+    """Only `__metadata__` has none."""
 
 
-_HEADER = msgspec.json.Decoder(dict[str, _Tensor])
+_Placed = TypeVar("_Placed", bound=Placed)
+_HEADER = msgspec.json.Decoder(dict[str, Placed])
 
 
 def safetensors_members(source: Source, start: int) -> list[Member] | None:
@@ -27,23 +31,40 @@ def safetensors_members(source: Source, start: int) -> list[Member] | None:
         source: The file; its first eight bytes gave ``start``.
         start: Where the header ends and the first tensor's bytes may start.
     """
+    entries = safetensors_entries(source, start, _HEADER)
+    if entries is None:
+        return None
+    return sorted([Member(begin, begin, end, zlib.crc32(name.encode())) for begin, end, name, _ in entries])
+
+
+def safetensors_entries(
+    source: Source, start: int, decoder: msgspec.json.Decoder[dict[str, _Placed]]
+) -> list[tuple[int, int, str, _Placed]] | None:
+    """(begin, end, name, what the header says) in the order of the bytes, none overlapping, all within the file.
+
+    Args:
+        source: The file; its first eight bytes gave ``start``.
+        start: Where the header ends and the first tensor's bytes may start.
+        decoder: Of the header.
+    """
     if start > min(source.size, HEADER_MAX):
         return None
     header = read_some(source, 8, start - 8)
     if len(header) != start - 8 or header.count(b"{") > MEMBERS_MAX + 2:
         return None
-    members = []
+    entries = []
     try:
-        for name, tensor in _HEADER.decode(header).items():
+        for name, tensor in decoder.decode(header).items():
             if tensor.data_offsets is not None:
                 begin, end = tensor.data_offsets
-                members.append(Member(start + begin, start + begin, start + end, zlib.crc32(name.encode())))
+                name.encode()
+                entries.append((start + begin, start + end, name, tensor))
     except (ValueError, RecursionError):  # msgspec's errors are ValueErrors; so are those of broken text
         return None
-    members.sort()
+    entries.sort(key=lambda entry: entry[:3])
     position = start
-    for member in members:
-        if not position <= member.start <= member.end <= source.size:
+    for begin, end, _, _ in entries:
+        if not position <= begin <= end <= source.size:
             return None
-        position = member.end
-    return members
+        position = end
+    return entries

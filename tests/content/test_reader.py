@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mandapa.content.fetch import read_pieces
 from mandapa.content.index import Index
 from mandapa.content.reader import AssetFile
-from mandapa.content.transfer import pieces_of, read_pieces
+from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.upload import Upload
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError

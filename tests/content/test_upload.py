@@ -13,9 +13,10 @@ from itertools import count
 import pytest
 
 from mandapa.content.codecs import decode
+from mandapa.content.fetch import read_pieces
 from mandapa.content.index import Index
 from mandapa.content.packing import Packer
-from mandapa.content.transfer import pieces_of, read_pieces
+from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk

@@ -11,7 +11,7 @@ import stat
 import threading
 import time
 import unicodedata
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import NamedTuple
 
+from mandapa.content.cache import ChunkCache
+from mandapa.content.fetch import Request, Room, Wave, fly
 from mandapa.content.index import Index, Piece
-from mandapa.content.transfer import Request, fetch, pieces_of, plan
+from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.content.walk import Found
 from mandapa.digest import Hasher
@@ -40,8 +42,6 @@ from mandapa.object_store.base import Buffer, ObjectStore
 __all__ = ["DownloadResult", "download"]
 
 _GROUP = 2048
-_WINDOW = 8 << 20  # bytes, stored or decoded, that one or a few requests fetch
-_WINDOW_PIECES = 4096
 _FOLDERS = 64  # folders held open, and folders in a window at most
 _MOVES = 3  # times that a row may move while it is read
 _LEFTOVER = re.compile(r"\.mandapa-[0-9a-f]{16}-[0-9]+(A\u00e9)?\.tmp")
@@ -77,6 +77,7 @@ def download(
     store: ObjectStore,
     load: Callable[[NodeAddress], Node],
     index: Index | None = None,
+    cache: ChunkCache | None = None,
     moved: Callable[[str], Located] | None = None,
     threads: int = 4,
     fsync: bool = False,
@@ -89,8 +90,8 @@ def download(
     meanwhile; ``dest`` itself may be a symlink. Killed, it leaves whole files and perhaps ``.mandapa-*.tmp``, which the
     next download into that folder removes; what is there by then is not fetched again.
 
-    Requests: one for about 8 MiB of neighbouring chunks. Memory: about (``threads`` + 1) * 16 MiB, and the rows where
-    the file system does not tell case or normal forms apart.
+    Requests: one for about 8 MiB of neighbouring chunks. Memory: about (``threads`` + 1) * 16 MiB, 24 MiB where chunks
+    are deltas, and 128 MiB at most; and the rows where the file system does not tell case or normal forms apart.
 
     Args:
         rows: What to restore, best in order of path.
@@ -98,6 +99,7 @@ def download(
         store: Where the containers are.
         load: Reads a node, as `NodeReader.load`.
         index: Knows files that need not be hashed again.
+        cache: Chunks that need not be fetched.
         moved: Called with the path of a row when one of its containers is gone; gives the row as it is now, or raises.
         threads: Requests and writes under way at once; 0 does all in the caller's thread.
         fsync: Whether files and folders shall survive a power cut once this returns.
@@ -125,7 +127,7 @@ def download(
     if fold is not None:
         rows = list(rows)
         _check_collisions([located.row.path for located in rows], fold, root)
-    work = _Download(folders, store, load, index, threads, fsync, progress)
+    work = _Download(folders, store, load, index, cache, threads, fsync, progress)
     try:
         work.restore(rows)
         for _ in range(_MOVES):
@@ -258,6 +260,14 @@ class _Item(NamedTuple):
     offset: int
 
 
+class _Wave(Wave):
+    """Items whose chunks are fetched together."""
+
+    def __init__(self, store: ObjectStore, items: list[_Item], cache: ChunkCache | None) -> None:
+        super().__init__(store, [item.piece for item in items], lambda i: items[i].target.row.path, cache)
+        self.items = items
+
+
 class _Download:
     def __init__(
         self,
@@ -265,6 +275,7 @@ class _Download:
         store: ObjectStore,
         load: Callable[[NodeAddress], Node],
         index: Index | None,
+        cache: ChunkCache | None,
         threads: int,
         fsync: bool,
         progress: Callable[[int], None] | None,
@@ -273,6 +284,7 @@ class _Download:
         self._store = store
         self._load = load
         self._index = index
+        self._cache = cache
         self._threads = threads
         self._fsync = fsync
         self._progress = progress
@@ -286,27 +298,9 @@ class _Download:
 
     def restore(self, rows: Iterable[Located]) -> None:
         """Restore rows; those of which a container is gone are in ``lost`` afterwards."""
-        waiting: deque[list[Future[None]]] = deque()
-        try:
-            for window in _windows(self._items(iter(rows))):
-                pieces = [item.piece for item in window]
-                jobs = []
-                for request in plan(pieces):
-                    if self._pool is None:
-                        self._transfer(request, pieces, window)
-                    else:
-                        jobs.append(self._pool.submit(self._transfer, request, pieces, window))
-                waiting.append(jobs)
-                if len(waiting) > self._threads:
-                    for job in waiting.popleft():
-                        job.result()
-            while waiting:
-                for job in waiting.popleft():
-                    job.result()
-        finally:
-            for jobs in waiting:
-                for job in jobs:
-                    job.cancel()
+        waves = (_Wave(self._store, window, self._cache) for window in _windows(self._items(iter(rows))))
+        for _ in fly(waves, self._transfer, self._pool, most=self._threads):
+            pass
 
     def close(self) -> None:
         """Wait for what is under way, remove what is not whole."""
@@ -421,17 +415,17 @@ class _Download:
 
     # Bytes
 
-    def _transfer(self, request: Request, pieces: list[Piece], window: list[_Item]) -> None:
+    def _transfer(self, wave: _Wave, request: Request) -> None:
         """One request: fetch, verify, write."""
         try:
-            values = fetch(self._store, request, pieces, lambda i: window[i].target.row.path)
+            found = wave.fetch(request)
         except NotFoundError as error:
-            for i in request.wanted:
-                self._lose(window[i].target, error)
+            for i, _ in request.wanted:
+                self._lose(wave.items[i].target, error)
             return
         written = 0
-        for i, value in zip(request.wanted, values, strict=True):
-            _, target, offset = window[i]
+        for i, value in found:
+            _, target, offset = wave.items[i]
             self._write(target, value, offset)
             written += len(value)
         if self._progress is not None:
@@ -496,19 +490,23 @@ class _Download:
 
 
 def _windows(items: Iterable[_Item]) -> Iterator[list[_Item]]:
-    """Items in groups of about 8 MiB in at most 64 folders."""
+    """Items in groups as large as a `Room`, in at most 64 folders."""
     window: list[_Item] = []
-    size = folders = 0
+    room = Room()
+    folders = 0
     last: _Folder | None = None
     for item in items:
-        more = max(item.piece.raw, item.piece.stored)
         folders += item.target.folder is not last
         last = item.target.folder
-        if window and (size + more > _WINDOW or len(window) >= _WINDOW_PIECES or folders > _FOLDERS):
+        full = not room.takes(item.piece)
+        if folders > _FOLDERS and not full:
+            full = True
+            room = Room()
+            room.takes(item.piece)
+        if full:
             yield window
-            window, size, folders = [], 0, 1
+            window, folders = [], 1
         window.append(item)
-        size += more
     if window:
         yield window
 

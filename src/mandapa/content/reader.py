@@ -14,8 +14,10 @@ from typing import TypeAlias
 
 import msgspec
 
+from mandapa.content.cache import ChunkCache
+from mandapa.content.fetch import Wave, windows
 from mandapa.content.index import Piece
-from mandapa.content.transfer import fetch, pieces_of, plan
+from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, UrlRow
@@ -44,7 +46,9 @@ class AssetFile(io.RawIOBase):
         store: Where its containers are.
         load: Reads a node, as `NodeReader.load`; called for the parts of large files.
         moved: Called when a container is gone; gives the row as it is now, or raises what to tell the user.
-        threads: Requests under way ahead of the reader; 0 fetches only what is read, in the caller's thread.
+        cache: Chunks that need not be fetched.
+        threads: Windows of 8 MiB under way ahead of the reader, and requests at once for one of them; 0 fetches only
+            what is read, in the caller's thread.
 
     Raises:
         InvalidInputError: The row is a URL.
@@ -57,6 +61,7 @@ class AssetFile(io.RawIOBase):
         store: ObjectStore,
         load: Callable[[NodeAddress], Node],
         moved: Callable[[], Located] | None = None,
+        cache: ChunkCache | None = None,
         threads: int = 2,
     ) -> None:
         super().__init__()
@@ -74,6 +79,7 @@ class AssetFile(io.RawIOBase):
         self._store = store
         self._load = load
         self._moved = moved
+        self._cache = cache
         self._threads = threads
         self._position = 0
         self._next = -1  # where the last read ended
@@ -234,11 +240,10 @@ class AssetFile(io.RawIOBase):
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1])
 
     def _fetch(self, spans: list[_Span]) -> _Chunks:
-        pieces = [piece for _, piece in spans]
         found: _Chunks = {}
-        for request in plan(pieces):
-            values = fetch(self._store, request, pieces, lambda _: self.name)
-            found.update(zip([spans[i][0] for i in request.wanted], values, strict=True))
+        for window in windows(spans, lambda span: span[1]):
+            wave = Wave(self._store, [piece for _, piece in window], lambda _: self.name, self._cache)
+            found.update(zip([start for start, _ in window], wave.all(self._threads), strict=True))
         return found
 
     def _fetch_ahead(self, begin: int, stop: int) -> None:

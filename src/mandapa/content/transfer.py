@@ -1,21 +1,16 @@
-"""From a row to verified bytes: which ranges of which containers, few requests, several at once."""
+"""From an asset's row to its chunks, and from chunks to a row."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from mandapa.content.codecs import decode
 from mandapa.content.index import Index, Piece, piece_of
 from mandapa.content.packing import Packer
 from mandapa.content.tree import Located, NodeReader, child_address
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError, NotFoundError
-from mandapa.format.keys import container_key
 from mandapa.format.manifest import (
     INLINE_CHUNKS,
     PART_CHUNKS,
@@ -29,24 +24,10 @@ from mandapa.format.manifest import (
     UrlRow,
     encode_node,
 )
-from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Request", "RowMaker", "bare", "fetch", "pieces_of", "plan", "read_pieces", "windows"]
+__all__ = ["RowMaker", "bare", "pieces_of"]
 
-_WINDOW_BYTES = 8 << 20
-_WINDOW_PIECES = 4096
 _PART_KEPT = 256  # a part of the base with fewer chunks is written again, so that parts do not become many
-_GAP = 64 << 10  # unwanted bytes that are cheaper to read than another request
-
-
-class Request(NamedTuple):
-    """One range of one container, and what it holds of what is wanted."""
-
-    container: bytes
-    offset: int
-    length: int
-    wanted: list[int]
-    """Positions in the list of pieces that was planned for."""
 
 
 def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator[Piece]:
@@ -74,129 +55,6 @@ def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator
     else:
         for chunk in row.chunks:
             yield piece_of(chunk, chunk.hash, table)
-
-
-def windows(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces in groups of about 8 MiB, stored or decoded, whichever is more; never an empty group."""
-    window: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        more = max(piece.raw, piece.stored)
-        if window and (size + more > _WINDOW_BYTES or len(window) >= _WINDOW_PIECES):
-            yield window
-            window, size = [], 0
-        window.append(piece)
-        size += more
-    if window:
-        yield window
-
-
-def plan(pieces: Sequence[Piece]) -> list[Request]:
-    """The requests that fetch ``pieces``: neighbours of one container joined across gaps of up to 64 KiB."""
-    requests: list[Request] = []
-    order = sorted(range(len(pieces)), key=lambda i: pieces[i][:2])
-    container, start, end, wanted = b"", 0, 0, []
-    for i in order:
-        where, offset, stored = pieces[i][:3]
-        if where == container and offset <= end + _GAP and max(end, offset + stored) - start <= 2 * _WINDOW_BYTES:
-            end = max(end, offset + stored)
-            wanted.append(i)
-            continue
-        if wanted:
-            requests.append(Request(container, start, end - start, wanted))
-        container, start, end, wanted = where, offset, offset + stored, [i]
-    if wanted:
-        requests.append(Request(container, start, end - start, wanted))
-    return requests
-
-
-def fetch(store: ObjectStore, request: Request, pieces: Sequence[Piece], path_of: Callable[[int], str]) -> list[Buffer]:
-    """The raw bytes of each wanted piece of one request, verified. One store request.
-
-    Args:
-        store: Where the container is.
-        request: One of those that `plan` made for ``pieces``.
-        pieces: What was planned for.
-        path_of: The asset that a piece belongs to, by its position; for messages.
-
-    Raises:
-        NotFoundError: The container is not there (any more).
-        CorruptionError: Bytes do not decode, or are not those that were stored; names key and path.
-    """
-    key = container_key(request.container)
-    [data] = store.get_ranges(key, [(request.offset, request.length)])
-    view = memoryview(data)
-    start = request.offset
-    found = []
-    for i in request.wanted:
-        _, offset, stored, raw, codec, hash_, base = pieces[i]
-        at = offset - start
-        try:
-            if base is not None:
-                raise CorruptionError("a delta to another chunk, which codec does not have")
-            value = decode(codec, view[at : at + stored], raw)
-        except CorruptionError as error:
-            raise CorruptionError(f"{path_of(i)}: {key}, bytes {offset}+{stored}: {error}", key=key) from None
-        if digest(value) != hash_:
-            raise CorruptionError(
-                f"{path_of(i)}: {key}, bytes {offset}+{stored}: their BLAKE3 is not the one that was stored", key=key
-            )
-        found.append(value)
-    return found
-
-
-def read_pieces(
-    store: ObjectStore, pieces: Iterable[Piece], *, path: str, threads: int = 4
-) -> Iterator[tuple[Piece, Buffer]]:
-    """Each piece with its raw bytes, verified, in the order asked for.
-
-    Neighbours are fetched by one request of up to 16 MiB; up to ``threads`` windows of about 8 MiB are under way, and
-    as many wait to be taken. ``threads=0`` fetches in the caller's thread.
-
-    Raises:
-        NotFoundError: A container is not there (any more).
-        CorruptionError: Bytes are not those that were stored; names key and ``path``.
-    """
-    if threads == 0:
-        for window in windows(pieces):
-            yield from _window(store, window, path)
-        return
-    rest = windows(pieces)
-    first = next(rest, None)
-    second = next(rest, None)
-    if first is None:
-        return
-    if second is None and len(plan(first)) == 1:
-        yield from _window(store, first, path)
-        return
-    with ThreadPoolExecutor(threads, thread_name_prefix="mandapa-get") as pool:
-        waiting: deque[tuple[list[Piece], list[tuple[Request, Future[list[Buffer]]]]]] = deque()
-
-        def ask(window: list[Piece]) -> None:
-            waiting.append((window, [(r, pool.submit(fetch, store, r, window, lambda _: path)) for r in plan(window)]))
-
-        try:
-            ask(first)
-            while second is not None or waiting:
-                while second is not None and len(waiting) <= threads:
-                    ask(second)
-                    second = next(rest, None)
-                window, answers = waiting.popleft()
-                yield from _assemble(window, [(request, answer.result()) for request, answer in answers])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _window(store: ObjectStore, window: list[Piece], path: str) -> Iterator[tuple[Piece, Buffer]]:
-    return _assemble(window, [(request, fetch(store, request, window, lambda _: path)) for request in plan(window)])
-
-
-def _assemble(window: list[Piece], answers: Iterable[tuple[Request, list[Buffer]]]) -> Iterator[tuple[Piece, Buffer]]:
-    values: list[Buffer] = [b""] * len(window)
-    for request, found in answers:
-        for i, value in zip(request.wanted, found, strict=True):
-            values[i] = value
-    return zip(window, values, strict=True)
 
 
 class RowMaker:

@@ -14,10 +14,11 @@ from mandapa.content.codecs import Mode
 from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
 from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
+from mandapa.content.fetch import read_pieces
 from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
 from mandapa.content.packing import Packer, Placer
-from mandapa.content.transfer import RowMaker, bare, pieces_of, read_pieces
+from mandapa.content.transfer import RowMaker, bare, pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.walk import Found, check_unchanged, explain, explained, file_mode, is_still, read_small
 from mandapa.digest import Hasher, digest

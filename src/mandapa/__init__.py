@@ -73,8 +73,9 @@ def open(  # noqa: A001 - the name that callers expect
     """Open the repository at ``url``: ``s3://``, ``gs://``, ``az://``, ``memory://`` or a local path.
 
     Credentials and endpoints come from ``options`` (those of the object store), else from the usual environment
-    variables, else, for S3 and with the extra ``aws``, from AWS profiles and SSO. The local index is kept in
-    ``MANDAPA_CACHE``, else in the user's cache folder; commits are signed with the user's and the machine's name.
+    variables, else, for S3 and with the extra ``aws``, from AWS profiles and SSO. The local index, and
+    ``MANDAPA_CACHE_SIZE`` (10 GiB) of chunks from stores on other machines, are kept in ``MANDAPA_CACHE``, else in the
+    user's cache folder; commits are signed with the user's and the machine's name.
 
     Args:
         url: Where it is.
@@ -90,14 +91,14 @@ def open(  # noqa: A001 - the name that callers expect
         FormatVersionError: A newer mandapa made it.
         StorageError: The store failed, refused access, or, with ``create``, cannot be trusted with several writers.
     """
-    from mandapa.environment import cache_dir, who
+    from mandapa.environment import cache_dir, cache_size, who
     from mandapa.object_store import from_url
     from mandapa.repository.log import Author
     from mandapa.repository.repository import Repository
 
     store = from_url(os.fspath(url), **options)
     make = partial(Repository.create, single_writer=single_writer) if create else Repository
-    return make(store, cache_dir=cache_dir(), codec=codec, author=Author(who()))
+    return make(store, cache_dir=cache_dir(), cache_size=cache_size(), codec=codec, author=Author(who()))
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from contextlib import suppress
 import pytest
 
 from mandapa.content import download as download_module
+from mandapa.content import folders as folders_module
 from mandapa.content.download import download
 from mandapa.content.index import Index
 from mandapa.content.transfer import pieces_of
@@ -407,7 +408,7 @@ def test_fifo_in_the_way(repo, rows, out):
 )
 def test_collisions_where_case_does_not_count(repo, out, monkeypatch, paths, clash):
     """Both names are named before anything is written; where all is well, all is restored."""
-    monkeypatch.setattr(download_module, "_exists", lambda *_: True)
+    monkeypatch.setattr(folders_module, "_exists", lambda *_: True)
     rows = repo.put({path: path.encode() for path in paths})
     if clash:
         with pytest.raises(InvalidInputError) as error:

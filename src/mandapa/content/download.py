@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import re
 import secrets
 import stat
 import threading
 import time
-import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import accumulate, compress, count, islice, repeat
 from typing import NamedTuple
 
 from mandapa.content.cache import ChunkCache
 from mandapa.content.fetch import Request, Room, Wave, fly
+from mandapa.content.folders import (
+    CREATE_FLAGS,
+    FOLDERS,
+    READ_FLAGS,
+    Folder,
+    Folders,
+    check_collisions,
+    explain_write,
+    folding,
+    part_name,
+)
 from mandapa.content.index import Index, Piece
+from mandapa.content.parallel import in_order
 from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.content.walk import Found
-from mandapa.digest import Hasher
-from mandapa.errors import (
-    AccessDeniedError,
-    CorruptionError,
-    InvalidInputError,
-    MandapaError,
-    NotFoundError,
-    SecurityError,
-    StorageError,
-)
+from mandapa.digest import Hasher, digest
+from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import FileRow, LargeFileRow, Node, NodeAddress, UrlRow
 from mandapa.format.strict import check_prefix
 from mandapa.object_store.base import Buffer, ObjectStore
@@ -42,12 +42,9 @@ from mandapa.object_store.base import Buffer, ObjectStore
 __all__ = ["DownloadResult", "download"]
 
 _GROUP = 2048
-_FOLDERS = 64  # folders held open, and folders in a window at most
+_RESUMED = 64 << 20  # bytes; a part of a file this large is worth its while
 _MOVES = 3  # times that a row may move while it is read
-_LEFTOVER = re.compile(r"\.mandapa-[0-9a-f]{16}-[0-9]+(A\u00e9)?\.tmp")
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_PART_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 @dataclass(slots=True)
@@ -59,7 +56,9 @@ class DownloadResult:
     files: int = 0
     """Files written."""
     bytes: int = 0
-    """Bytes written."""
+    """Bytes of these."""
+    resumed: int = 0
+    """Bytes of these that an interrupted download had written, and that were verified instead of fetched."""
     skipped: int = 0
     """Files that were there already, equal."""
     urls: list[str] = field(default_factory=list)
@@ -87,8 +86,12 @@ def download(
 
     A file that has the row's bytes stays (its x bit is set right), another is replaced atomically, what no row names is
     left alone. Nothing outside ``dest`` is touched, whatever the rows say and whoever swaps folders for symlinks
-    meanwhile; ``dest`` itself may be a symlink. Killed, it leaves whole files and perhaps ``.mandapa-*.tmp``, which the
-    next download into that folder removes; what is there by then is not fetched again.
+    meanwhile; ``dest`` itself may be a symlink.
+
+    Interrupted, it leaves whole files, and of a file of 64 MiB or more what was written of it, as ``.mandapa-*.part``:
+    the next download of the same file into that folder goes on from there, after each chunk of the part was verified.
+    A download that succeeds removes parts that it had no use for from the folders it wrote to. Killed, it leaves
+    ``.mandapa-*.tmp`` as well, which the next download removes.
 
     Requests: one for about 8 MiB of neighbouring chunks. Memory: about (``threads`` + 1) * 16 MiB, 24 MiB where chunks
     are deltas, and 128 MiB at most; and the rows where the file system does not tell case or normal forms apart.
@@ -103,7 +106,7 @@ def download(
         moved: Called with the path of a row when one of its containers is gone; gives the row as it is now, or raises.
         threads: Requests and writes under way at once; 0 does all in the caller's thread.
         fsync: Whether files and folders shall survive a power cut once this returns.
-        progress: Called with numbers of bytes written, from several threads.
+        progress: Called with numbers of bytes written, or found in parts, from several threads.
 
     Raises:
         SecurityError: A symlink stands where a folder is needed.
@@ -121,12 +124,12 @@ def download(
     except FileExistsError:
         raise InvalidInputError(f"{root} is a file: name a folder") from None
     except OSError as error:
-        raise _explain(error, root) from error
-    folders = _Folders(root, _Folder(root_fd, root))
-    fold = _folding(folders.top)
+        raise explain_write(error, root) from error
+    folders = Folders(root, Folder(root_fd, root))
+    fold = folding(folders.top)
     if fold is not None:
         rows = list(rows)
-        _check_collisions([located.row.path for located in rows], fold, root)
+        check_collisions([located.row.path for located in rows], fold, root)
     work = _Download(folders, store, load, index, cache, threads, fsync, progress)
     try:
         work.restore(rows)
@@ -136,11 +139,13 @@ def download(
                 break
             if moved is None:
                 raise lost[0].error or NotFoundError(f"the bytes of {lost[0].row.path!r} are not there")
+            work.drop(lost)
             work.restore([moved(target.row.path) for target in lost])
         else:
             if work.lost:
                 path = work.lost[0].row.path
                 raise CorruptionError(f"{path}: its manifest names bytes that are not in the store: run `mandapa fsck`")
+        folders.remove_parts()
         if fsync:
             folders.sync()
     finally:
@@ -148,106 +153,19 @@ def download(
     return work.result
 
 
-class _Folder:
-    """An open folder, closed when nobody needs it any more."""
-
-    __slots__ = ("fd", "names", "path")
-
-    def __init__(self, fd: int, path: str) -> None:
-        self.fd = fd
-        self.path = path
-        self.names = _sweep(fd)
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
-def _sweep(fd: int) -> set[str]:
-    """The names in a folder, after the leftovers of killed downloads were removed: those that nobody has locked."""
-    names = set(os.listdir(fd))
-    for name in [name for name in names if name.startswith(".mandapa-") and _LEFTOVER.fullmatch(name)]:
-        with suppress(OSError):
-            found = os.open(name, _READ_FLAGS, dir_fd=fd)
-            try:
-                if stat.S_ISREG(os.fstat(found).st_mode):
-                    fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(name, dir_fd=fd)
-            finally:
-                os.close(found)
-    return names
-
-
-class _Folders:
-    """Folders below a root, reached step by step without following a symlink, made where missing."""
-
-    def __init__(self, root: str, top: _Folder) -> None:
-        self._root = root
-        self.top = top
-        self._open: OrderedDict[str, _Folder] = OrderedDict()
-        self._seen: set[str] = set()
-
-    def get(self, path: str) -> _Folder:
-        """The folder at a path below the root; ``""`` is the root."""
-        if not path:
-            return self.top
-        folder = self._open.get(path)
-        if folder is None:
-            above, _, name = path.rpartition("/")
-            folder = self._enter(self.get(above), name)
-            self._open[path] = folder
-            self._seen.add(path)
-            if len(self._open) > _FOLDERS:
-                self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(path)
-        return folder
-
-    def sync(self) -> None:
-        """Make every folder that was used durable."""
-        for path in self._seen:
-            os.fsync(self.get(path).fd)
-        os.fsync(self.top.fd)
-
-    @staticmethod
-    def _enter(above: _Folder, name: str) -> _Folder:
-        path = f"{above.path}/{name}"
-        for _ in range(2):
-            try:
-                return _Folder(os.open(name, _FOLDER_FLAGS, dir_fd=above.fd), path)
-            except FileNotFoundError:
-                try:
-                    with suppress(FileExistsError):
-                        os.mkdir(name, dir_fd=above.fd)
-                except OSError as error:
-                    raise _explain(error, path) from error
-            except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                    _refuse(above, name, path)
-                raise _explain(error, path) from error
-        raise StorageError(f"{path} cannot be made: something removes it", retryable=True)
-
-
-def _refuse(above: _Folder, name: str, path: str) -> None:
-    with suppress(FileNotFoundError):
-        if stat.S_ISLNK(os.stat(name, dir_fd=above.fd, follow_symlinks=False).st_mode):
-            raise SecurityError(
-                f"{path} is a symbolic link, where a folder is needed: remove it, or use another folder"
-            )
-    raise InvalidInputError(f"{path} is a file, where a folder is needed: remove it, or use another folder")
-
-
 class _Target:
     """One file on its way."""
 
-    __slots__ = ("error", "fd", "folder", "left", "lock", "name", "row", "temp")
+    __slots__ = ("error", "fd", "folder", "left", "lock", "name", "part", "row", "temp")
 
-    def __init__(self, row: FileRow | LargeFileRow, folder: _Folder, name: str) -> None:
+    def __init__(self, row: FileRow | LargeFileRow, folder: Folder, name: str) -> None:
         self.row = row
         self.folder = folder
         self.name = name
         self.left = 0  # pieces that are not written yet
         self.fd = -1
         self.temp = ""
+        self.part = False  # whether what is written stays when the download is interrupted
         self.lock = threading.Lock()
         self.error: NotFoundError | None = None
 
@@ -271,7 +189,7 @@ class _Wave(Wave):
 class _Download:
     def __init__(
         self,
-        folders: _Folders,
+        folders: Folders,
         store: ObjectStore,
         load: Callable[[NodeAddress], Node],
         index: Index | None,
@@ -306,8 +224,18 @@ class _Download:
         """Wait for what is under way, remove what is not whole."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        for target in list(self._begun):
-            self._drop(target)
+        self.drop(list(self._begun))
+
+    def drop(self, targets: list[_Target]) -> None:
+        """Give up files of which nothing is under way: a part stays, other bytes are removed."""
+        for target in targets:
+            if target in self._begun:
+                self._begun.discard(target)
+                with suppress(OSError):
+                    if not target.part or not os.fstat(target.fd).st_size:
+                        os.unlink(target.temp, dir_fd=target.folder.fd)
+                with suppress(OSError):
+                    os.close(target.fd)
 
     # Which files
 
@@ -325,10 +253,11 @@ class _Download:
                     self._lose(target, error)
                     continue
                 target.left = len(pieces)
-                offset = 0
-                for piece in pieces:
-                    yield _Item(piece, target, offset)
-                    offset += piece.raw
+                starts = accumulate([piece.raw for piece in pieces], initial=0)
+                items: Iterable[_Item] = map(_Item, pieces, repeat(target), starts)
+                if row.size >= _RESUMED and self._begin_part(target):
+                    items = self._missing(target, list(items))
+                yield from items
 
     def _different(self, group: list[Located]) -> Iterator[tuple[Located, _Target]]:
         """The rows of a group that are not there yet."""
@@ -373,7 +302,7 @@ class _Download:
         """Whether the file that is there has the row's bytes: reads it."""
         started = time.time_ns()
         try:
-            fd = os.open(target.name, _READ_FLAGS, dir_fd=target.folder.fd)
+            fd = os.open(target.name, READ_FLAGS, dir_fd=target.folder.fd)
         except OSError:
             return False
         try:
@@ -405,13 +334,13 @@ class _Download:
         # Who may read it may run it, which is what umask gives a new file.
         mode = mode | (mode & 0o444) >> 2 if target.row.mode else mode & ~0o111
         try:
-            fd = os.open(target.name, _READ_FLAGS, dir_fd=target.folder.fd)
+            fd = os.open(target.name, READ_FLAGS, dir_fd=target.folder.fd)
             try:
                 os.fchmod(fd, mode)
             finally:
                 os.close(fd)
         except OSError as error:
-            raise _explain(error, f"{target.folder.path}/{target.name}") from error
+            raise explain_write(error, f"{target.folder.path}/{target.name}") from error
 
     # Bytes
 
@@ -453,16 +382,70 @@ class _Download:
             if last:
                 self._finish(target)
         except OSError as error:
-            raise _explain(error, f"{target.folder.path}/{target.name}") from error
+            raise explain_write(error, f"{target.folder.path}/{target.name}") from error
 
     def _begin(self, target: _Target) -> None:
         target.temp = f"{self._prefix}{next(self._counter)}.tmp"
         # The mode goes through umask here, and nowhere else could it without a race.
         mode = 0o777 if target.row.mode else 0o666
-        target.fd = os.open(target.temp, _CREATE_FLAGS, mode, dir_fd=target.folder.fd)
+        target.fd = os.open(target.temp, CREATE_FLAGS, mode, dir_fd=target.folder.fd)
         self._begun.add(target)
         with suppress(OSError):  # a file system without locks: then leftovers of others may be swept too early
             fcntl.flock(target.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _begin_part(self, target: _Target) -> bool:
+        """Begin a file under the name by which a later download finds it; False when that cannot be had."""
+        folder = target.folder.fd
+        name = part_name(target.name, target.row.digest, target.row.mode)
+        try:
+            fd = os.open(name, _PART_FLAGS, 0o777 if target.row.mode else 0o666, dir_fd=folder)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another download may be at it
+            mine, named = os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False)
+            # A file of somebody else, or with another name, is not to be written to.
+            if (
+                stat.S_ISREG(mine.st_mode)
+                and mine.st_nlink == 1
+                and mine.st_uid == os.geteuid()
+                and os.path.samestat(mine, named)
+            ):
+                if mine.st_size > target.row.size:
+                    os.ftruncate(fd, target.row.size)
+                target.fd, target.temp, target.part = fd, name, True
+                self._begun.add(target)
+                return True
+        except OSError:
+            pass
+        os.close(fd)
+        return False
+
+    def _missing(self, target: _Target, items: list[_Item]) -> Iterable[_Item]:
+        """The items that the part of a file lacks; the file is finished when there are none."""
+        size = os.fstat(target.fd).st_size
+        if not size:
+            return items
+
+        def lacks(item: _Item) -> bool:
+            piece, _, offset = item
+            if offset + piece.raw > size:
+                return True
+            try:
+                return digest(os.pread(target.fd, piece.raw, offset)) != piece.hash
+            except OSError:
+                return True
+
+        lacking = list(in_order(lacks, items, threads=self._threads))
+        there = sum([item.piece.raw for item, lack in zip(items, lacking, strict=True) if not lack])
+        with self._lock:
+            self.result.resumed += there
+        target.left = sum(lacking)
+        if not target.left:
+            self._finish(target)
+        if self._progress is not None and there:
+            self._progress(there)
+        return compress(items, lacking)
 
     def _finish(self, target: _Target) -> None:
         folder = target.folder.fd
@@ -481,25 +464,18 @@ class _Download:
             self.result.files += 1
             self.result.bytes += target.row.size
 
-    def _drop(self, target: _Target) -> None:
-        self._begun.discard(target)
-        with suppress(OSError):
-            os.unlink(target.temp, dir_fd=target.folder.fd)
-        with suppress(OSError):
-            os.close(target.fd)
-
 
 def _windows(items: Iterable[_Item]) -> Iterator[list[_Item]]:
     """Items in groups as large as a `Room`, in at most 64 folders."""
     window: list[_Item] = []
     room = Room()
     folders = 0
-    last: _Folder | None = None
+    last: Folder | None = None
     for item in items:
         folders += item.target.folder is not last
         last = item.target.folder
         full = not room.takes(item.piece)
-        if folders > _FOLDERS and not full:
+        if folders > FOLDERS and not full:
             full = True
             room = Room()
             room.takes(item.piece)
@@ -517,60 +493,3 @@ def _same_size(target: _Target) -> os.stat_result | None:
     except OSError:
         return None
     return found if stat.S_ISREG(found.st_mode) and found.st_size == target.row.size else None
-
-
-def _folding(top: _Folder) -> Callable[[str], str] | None:
-    """What this file system takes for one name, or None when it tells all names apart: tried with one empty file."""
-    probe = f".mandapa-{secrets.token_hex(8)}-0A\u00e9.tmp"
-    try:
-        os.close(os.open(probe, _CREATE_FLAGS, 0o600, dir_fd=top.fd))
-    except OSError as error:
-        if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-            raise _explain(error, top.path) from error
-        return None
-    try:
-        case = _exists(probe.lower(), top.fd)
-        form = _exists(unicodedata.normalize("NFD", probe), top.fd)
-    finally:
-        with suppress(OSError):
-            os.unlink(probe, dir_fd=top.fd)
-    if case:
-        return lambda path: unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
-    if form:
-        return lambda path: unicodedata.normalize("NFC", path)
-    return None
-
-
-def _exists(name: str, folder: int) -> bool:
-    try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
-
-
-def _check_collisions(paths: Iterable[str], fold: Callable[[str], str], root: str) -> None:
-    seen: dict[str, str] = {}
-    for path in paths:
-        end = 0
-        while end >= 0:
-            end = path.find("/", end + 1)
-            part = path if end < 0 else path[:end]
-            other = seen.setdefault(fold(part), part)
-            if other != part:
-                raise InvalidInputError(
-                    f"{other!r} and {part!r} are one name on the file system of {root}: restore them into different "
-                    "folders, one after the other, or on another file system"
-                )
-
-
-def _explain(error: OSError, path: str) -> MandapaError:
-    if isinstance(error, MandapaError):
-        return error
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return AccessDeniedError(f"{path} may not be written: {error.strerror}")
-    if error.errno in (errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG):
-        return InvalidInputError(f"{path} cannot be a file on this file system: {error.strerror}")
-    return StorageError(
-        f"{path} cannot be written: {error.strerror}", retryable=error.errno in (errno.EMFILE, errno.ENFILE)
-    )

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, get_args
 
 from mandapa.address import parse_address
+from mandapa.content.cache import ChunkCache
 from mandapa.content.codecs import FEATURES, Mode
 from mandapa.content.index import Index
 from mandapa.content.tree import NodeReader
@@ -42,6 +43,8 @@ class Repository:
         store: Where it is.
         cache_dir: A folder for the local index (what chunks the repository has, which files did not change); None keeps
             the index in memory. It is only ever a help: losing it costs time, not data.
+        cache_size: Bytes of chunks that are kept there, in ``chunks``, shared by all repositories; 0 for none, and none
+            for a store that is on this machine.
         codec: ``auto``, ``raw`` or ``dense``: how new chunks are stored.
         threads: For transfers; 0 does everything in the caller's thread.
         author: Who commits, and with which clock and dice.
@@ -56,6 +59,7 @@ class Repository:
         store: ObjectStore,
         *,
         cache_dir: str | os.PathLike[str] | None = None,
+        cache_size: int = 0,
         codec: Mode = "auto",
         threads: int = 4,
         author: Author | None = None,
@@ -82,6 +86,10 @@ class Repository:
             self.store = SingleWriterObjectStore(patient)
             self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
         self.index = Index(cache_dir, repository=self.id, url=store.url)
+        self.cache: ChunkCache | None = None
+        """What this machine has of the chunks of far stores."""
+        if cache_dir is not None and cache_size > 0 and not store.url.startswith(("file:", "memory:")):
+            self.cache = ChunkCache(os.path.join(cache_dir, "chunks"), cache_size)
         self.reader = NodeReader(self.store, on_leaf=self.index.feed)
 
     @classmethod

@@ -343,7 +343,12 @@ class Version:
             return self._file(path)
 
         raw = AssetFile(
-            located, store=self._repo.store, load=self._repo.reader.load, moved=moved, threads=self._repo.threads
+            located,
+            store=self._repo.store,
+            load=self._repo.reader.load,
+            moved=moved,
+            cache=self._repo.cache,
+            threads=self._repo.threads,
         )
         return io.BufferedReader(raw, 128 << 10)
 
@@ -422,6 +427,7 @@ class Version:
             store=self._repo.store,
             load=self._repo.reader.load,
             index=self._repo.index,
+            cache=self._repo.cache,
             moved=moved,
             threads=self._repo.threads,
             progress=progress,

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import msgspec
 
 from mandapa.digest import hexdigest
-from mandapa.environment import cache_dir, who
+from mandapa.environment import cache_dir, cache_size, who
 from mandapa.errors import InvalidInputError
 from mandapa.format.strict import check_path
 from mandapa.object_store import ObjectStore, from_url
@@ -147,7 +147,7 @@ def open_repository(spec: BackendSpec, *, create: bool) -> Repository:
         StorageError: The store refused, failed, or cannot be trusted with several writers.
     """
     make = Repository.create if create else Repository
-    return make(open_store(spec), cache_dir=cache_dir(), threads=THREADS, author=Author(who()))
+    return make(open_store(spec), cache_dir=cache_dir(), cache_size=cache_size(), threads=THREADS, author=Author(who()))
 
 
 # -- what is committed -------------------------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 # Composer wants older releases of other packages than the rest: it has an environment of its own.
 COMPOSER := .venv-composer
+# The tools beside which we measure want many packages that nothing else here needs.
+PEERS    := .venv-bench
 # Pinned wherever they are installed: the tests are written against them.
 TORCH    := torch==2.13.0
 MOSAICML := mosaicml==0.32.1
 
 COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
+PEERS_PIP    := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 
-.PHONY: help demo demo-composer test lint soak bench bench-training clean
+.PHONY: help demo demo-composer test lint soak bench bench-training bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +26,7 @@ help:
 	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
 	@echo 'make bench          the benchmarks of commits and restores'
 	@echo 'make bench-training what a run costs a training, beside what Composer and W&B cost it (7 minutes)'
+	@echo 'make bench-peers    real training series in mandapa and in other tools (15 minutes, and six once to train)'
 	@echo 'make clean          remove what make made, but no repository'
 
 demo: $(VENV)/.demo
@@ -52,8 +56,11 @@ bench: $(VENV)/.test
 bench-training: $(COMPOSER)/.made
 	@$(COMPOSER)/bin/python benchmarks/training
 
+bench-peers: $(PEERS)/.made
+	@$(PEERS)/bin/python benchmarks/peers $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(COMPOSER) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(COMPOSER) $(PEERS) demo-out dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -rf tests/azurite/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -94,4 +101,13 @@ $(COMPOSER)/.made: pyproject.toml $(shell find tests/composer/torchvision-stub -
 	$(COMPOSER_PIP) install $(TORCH) -e . --group composer
 	$(COMPOSER_PIP) install --no-deps $(MOSAICML)
 	$(COMPOSER_PIP) install --no-deps --force-reinstall ./tests/composer/torchvision-stub
+	@touch $@
+
+# restic and borg are the system's: where they are not installed, they are left out. So is ZipNN where it cannot be built.
+$(PEERS)/.made: pyproject.toml
+	@$(new_enough)
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS_PIP) install --upgrade 'pip>=25.1'
+	$(PEERS_PIP) install $(TORCH) -e . --group bench
+	$(PEERS_PIP) install 'zipnn>=0.5' || echo 'zipnn could not be built: it is left out' >&2
 	@touch $@

@@ -95,14 +95,15 @@ def child(job: list[str], options: Options, home: Path | None = None) -> tuple[d
     environment = {key: value for key, value in os.environ.items() if not key.startswith(OTHERS)}
     environment |= {"HOME": str(home), "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     environment |= {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("CACHE", "CONFIG", "DATA", "STATE")}
-    arguments = [*job, str(options.data), "quick" if options.quick else ""]
+    arguments = [*job, str(options.data.resolve()), "quick" if options.quick else ""]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [sys.executable, str(Path(__file__).parent), "--worker", *arguments],
+            [sys.executable, str(Path(__file__).resolve().parent), "--worker", *arguments],
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
+            cwd=home,
         ) as process,
     ):
         assert process.stdout is not None

@@ -96,7 +96,7 @@ class Oxen(Tool):
         self.store = self.source.parent / ".oxen"
 
     def commit(self, number: int) -> None:
-        self.repo.add("src")
+        self.repo.add(str(self.source))
         self.repo.commit(f"v{number}")
 
     def restore(self, dest: Path) -> None:

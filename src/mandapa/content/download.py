@@ -255,6 +255,8 @@ class _Download:
                 target.left = len(pieces)
                 starts = accumulate([piece.raw for piece in pieces], initial=0)
                 items: Iterable[_Item] = map(_Item, pieces, repeat(target), starts)
+                if any(piece.base is not None for piece in pieces):
+                    items = _beside_bases(list(items))
                 if row.size >= _RESUMED and self._begin_part(target):
                     items = self._missing(target, list(items))
                 yield from items
@@ -463,6 +465,17 @@ class _Download:
         with self._lock:
             self.result.files += 1
             self.result.bytes += target.row.size
+
+
+def _beside_bases(items: list[_Item]) -> list[_Item]:
+    """The items of a file, deltas after their bases where these are in the same file: those are fetched once then."""
+    places = {item.piece: place for place, item in enumerate(items)}
+
+    def key(item: _Item) -> tuple[int, bool]:
+        base = item.piece.base
+        return places[item.piece] if base is None else places.get(base, places[item.piece]), base is not None
+
+    return sorted(items, key=key)
 
 
 def _windows(items: Iterable[_Item]) -> Iterator[list[_Item]]:

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.codecs import CODECS, decode
+from mandapa.content.codecs import decode
 from mandapa.content.index import Piece
 from mandapa.content.parallel import in_order
 from mandapa.digest import digest
@@ -45,22 +45,25 @@ class Request(NamedTuple):
 class Room:
     """Says how many pieces go into one window.
 
-    About 8 MiB, stored or decoded, whichever is more; 24 MiB with bases; 4,096 pieces.
+    About 8 MiB, stored or decoded, whichever is more; 24 MiB with bases; 4,096 pieces. Deltas stay with their base
+    where they come right after it.
     """
 
     def __init__(self) -> None:
         self._size = self._chain = self._count = 0
+        self._base: Piece | None = None  # of the last piece, or that itself
 
     def takes(self, piece: Piece) -> bool:
         """Whether the piece fits; if not, a new window begins with it."""
         size = _size(piece)
+        beside = piece.base is not None and piece.base == self._base
         chain = size if piece.base is None else sum([_size(one) for one in piece.chain()])
+        self._base = piece.base or piece
         self._size += size
-        self._chain += chain
+        self._chain += size if beside else chain
         self._count += 1
-        if self._count > 1 and (
-            self._size > _WINDOW_BYTES or self._chain > _CHAIN_BYTES or self._count > _WINDOW_PIECES
-        ):
+        full = self._chain > _CHAIN_BYTES or self._count > _WINDOW_PIECES or (self._size > _WINDOW_BYTES and not beside)
+        if full and self._count > 1:
             self._size, self._chain, self._count = size, chain, 1
             return False
         return True
@@ -83,8 +86,8 @@ class Wave:
     """Pieces that are fetched together: the requests that this takes, and what each of them completes.
 
     Neighbours in one container are joined across gaps of up to 64 KiB, up to 16 MiB. Bases are fetched beside the
-    deltas that stand on them. Each request is to be made once, in any order and by any thread: a piece comes out of the
-    last one that it needs. Bases are kept, decoded, until the wave is forgotten.
+    deltas that stand on them, once where they are wanted themselves, and decoded once. Each request is to be made once,
+    in any order and by any thread: a piece comes out of the last one that it needs.
 
     Args:
         store: Where the containers are.
@@ -112,6 +115,7 @@ class Wave:
         self._lock = threading.Lock()
         self._missing: dict[int, int] = {}  # ranges that a delta waits for
         self._stored: dict[Piece, memoryview] = {}
+        self._shared: set[Piece] = set()  # bases, which may be wanted themselves
         self._base_lock = threading.RLock()
         self._bases: dict[Piece, Buffer] = {}
         self.size = 0
@@ -132,6 +136,7 @@ class Wave:
                 while base is not None and not self._is_cached(base):
                     self.size += _size(base)
                     self._missing[i] += 1
+                    self._shared.add(base)
                     places.append((i, base))
                     base = base.base
         requests = [Request(_CACHED, 0, 0, cached)] if cached else []
@@ -167,14 +172,14 @@ class Wave:
         for i, one in request.wanted:
             at = one.offset - request.offset
             stored = view[at : at + one.stored]
-            if i not in self._missing:
-                ready.append((i, stored))
-                continue
-            with self._lock:
+            if self._missing:  # some are deltas: what they stand on is kept
                 self._stored[one] = stored
-                self._missing[i] -= 1
-                if self._missing[i] == 0:
-                    ready.append((i, None))
+            if i in self._missing:
+                with self._lock:
+                    self._missing[i] -= 1
+                    if self._missing[i]:
+                        continue
+            ready.append((i, stored if one is self.pieces[i] else None))
         return [(i, self._finished(i, stored)) for i, stored in ready]
 
     def all(self, threads: int) -> list[Buffer]:
@@ -201,7 +206,7 @@ class Wave:
 
     def _finished(self, i: int, stored: memoryview | None) -> Buffer:
         piece = self.pieces[i]
-        value = self._raw(i, piece, stored)
+        value = self._base(i, piece) if piece in self._shared else self._raw(i, piece, stored)
         if digest(value) != piece.hash:
             raise self._corrupt(i, piece, "their BLAKE3 is not the one that was stored")
         if self._cache is not None:
@@ -212,9 +217,6 @@ class Wave:
         """The decoded bytes, not yet verified."""
         if stored is None:
             stored = self._stored[piece]
-        codec = CODECS.get(piece.codec)
-        if codec is not None and codec.needs_base != (piece.base is not None):
-            raise self._corrupt(i, piece, f"a chunk of codec {codec.feature} with{'out' * codec.needs_base} a base")
         base = None if piece.base is None else self._base(i, piece.base)
         try:
             if base is None:

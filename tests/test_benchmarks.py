@@ -1,10 +1,13 @@
 """Benchmarks do not rot: they run, and print their tables."""
 
 import importlib.util
+import itertools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -36,3 +39,40 @@ def test_the_training_benchmark_prints_its_tables(tmp_path: Path) -> None:
         assert left_out == (importlib.util.find_spec(package) is None)
         assert (row in rows) != left_out
     assert not list(tmp_path.glob("mandapa-bench-*"))
+
+
+def test_the_peers_benchmark_prints_its_tables(tmp_path: Path) -> None:
+    """With series of next to nothing it says nothing of speed; every tool that is there restores what it was given."""
+    pytest.importorskip("torch")
+    page, tables = tmp_path / "README.md", ("adam", "frozen", "folder", "codecs", "decode", "link")
+    tools = ("cp and fsync", "obstore put", "mandapa", "mandapa, dense")
+    page.write_text("".join(f"<!-- {name} -->\nnothing yet\n<!-- /{name} -->\n" for name in ("targets", *tables)))
+    folder = Path(__file__).parents[1] / "benchmarks" / "peers"
+    asked = [("--table", name) for name in tables] + [("--tool", name) for name in tools]
+    asked += [(option, str(tmp_path)) for option in ("--data", "--disk", "--out")]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(folder), "--quick", *itertools.chain(*asked)],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("\n### ") == len(tables)
+    assert "failed" not in done.stdout
+    written = page.read_text()
+    assert "nothing yet" not in written
+    for name in tables:
+        result = json.loads((tmp_path / "results" / f"{name}.json").read_text())
+        assert result["rows"]
+        for row in result["rows"]:
+            numbers = [value for value in row.values() if isinstance(value, float)]
+            assert all(value >= 0 for value in numbers)
+    adam = {row["tool"]: row for row in json.loads((tmp_path / "results" / "adam.json").read_text())["rows"]}
+    assert tuple(adam) == tools
+    assert adam["cp and fsync"]["of_raw"] == 1
+    assert all(row["restore"] for row in adam.values())
+    for plot in ("bytes", "commits", "restores", "codecs"):
+        ET.parse(tmp_path / "plots" / f"{plot}.svg")
+    assert not list(tmp_path.glob("mandapa-peers-*"))

@@ -25,9 +25,11 @@ def main() -> None:
     from measure import Options
     from series import Plan, default_data, make
     from tables import TABLES
+    from worker import TOOLS
 
     parser = argparse.ArgumentParser(prog="python benchmarks/peers", description=__doc__)
     parser.add_argument("--table", choices=TABLES, action="append", help="this one; may be given several times")
+    parser.add_argument("--tool", choices=TOOLS, action="append", help="this one; may be given several times")
     parser.add_argument("--quick", action="store_true", help="next to nothing, in a minute; says nothing of speed")
     parser.add_argument("--rounds", type=int, help="of each tool that is not slow")
     parser.add_argument("--data", type=Path, default=default_data(), help="where the series are kept")
@@ -42,7 +44,8 @@ def main() -> None:
         for name in options.table or TABLES:
             disk = "/dev/shm" if name == "folder" and os.path.isdir("/dev/shm") else options.disk
             facts = machine.facts(Path(disk))
-            found = TABLES[name].measure(Options(options.data, Path(disk), options.quick, rounds))
+            asked = Options(options.data, Path(disk), options.quick, rounds, tuple(options.tool or TOOLS))
+            found = TABLES[name].measure(asked)
             result = {"facts": facts, **found}
             print(f"\n{report.markdown(name, result)}", flush=True)
             if out is not None:

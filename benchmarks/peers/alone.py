@@ -61,7 +61,7 @@ def link(series: Series, megabits: int) -> list[dict[str, Any]]:
         rows.append({"codec": "the bytes, put by obstore", "seconds": timed(lambda: put(bare, series.paths[-1]))})
         rows += [{"codec": mode, "seconds": commit_over(server, series, mode)} for mode in MODES]
     for row in rows:
-        row |= {"series": series.name, "of_raw": rows[0]["seconds"] / row["seconds"]}
+        row |= {"series": series.name, "title": series.title, "of_raw": rows[0]["seconds"] / row["seconds"]}
     return rows
 
 

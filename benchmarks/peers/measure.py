@@ -33,13 +33,15 @@ class Options:
     disk: Path
     quick: bool
     rounds: int
+    tools: tuple[str, ...] = tuple(TOOLS)
+    """Those that take part."""
 
 
-def compare(series: str, tools: tuple[str, ...], options: Options) -> dict[str, Any]:
+def compare(series: str, options: Options) -> dict[str, Any]:
     """All rounds of one series, in which the tools take turns; rows, and who could not be measured."""
     rows: list[dict[str, Any]] = []
-    left_out = {name: TOOLS[name].missing() for name in tools if TOOLS[name].missing()}
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in tools if name not in left_out}
+    left_out = {name: TOOLS[name].missing() for name in options.tools if TOOLS[name].missing()}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.tools if name not in left_out}
     for number in range(options.rounds):
         for name, runs in found.items():
             if name in left_out or (number and runs[-1]["whole"] > PATIENCE):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import measure
 from measure import Options
 from series import CHECKPOINTS, Plan, load
-from worker import TOOLS
 
 MEGABITS = 100
 SMALL = ("mandapa, raw", "mandapa", "mandapa, dense", "hf_xet")
@@ -63,7 +62,7 @@ PEERS = {
 
 def peers(series: str) -> Callable[[Options], Result]:
     """All tools, with one series."""
-    return lambda options: measure.compare(series, tuple(TOOLS), options)
+    return lambda options: measure.compare(series, options)
 
 
 def frozen(options: Options) -> Result:
@@ -74,8 +73,9 @@ def frozen(options: Options) -> Result:
 def codecs(options: Options) -> Result:
     """Every series of checkpoints with each codec, and with other ways to compress floats."""
     rows, left_out = [], {}
+    once = replace(options, rounds=1, tools=tuple(name for name in SMALL if name in options.tools))
     for series in CODECS:
-        found = measure.compare(series, SMALL, Options(options.data, options.disk, options.quick, 1))
+        found = measure.compare(series, once)
         left_out |= found["left_out"]
         row: Result = {"series": series, "title": CHECKPOINTS[series][0]}
         for tool in found["rows"]:
@@ -93,7 +93,7 @@ def decode(options: Options) -> Result:
         for job in ("read", "anchors"):
             for name, rates in measure.child([job, series], options)[0].items():
                 what = f"mandapa, {name}: fetched, decoded, verified" if job == "read" else name
-                rows.append({"series": series, "what": what, **rates})
+                rows.append({"series": series, "title": CHECKPOINTS[series][0], "what": what, **rates})
     return {"rows": rows, "left_out": {}}
 
 
@@ -126,7 +126,7 @@ TABLES = {
         "GB a second and core, of raw bytes",
         decode,
         {
-            "series": text("series"),
+            "series": text("title"),
             "what": text("what"),
             "in": number("encode", 2, 1e-9),
             "out": number("decode", 2, 1e-9),
@@ -136,7 +136,7 @@ TABLES = {
         f"A later commit over a link of {MEGABITS} Mbit/s",
         link,
         {
-            "series": text("series"),
+            "series": text("title"),
             "codec": text("codec"),
             "seconds": number("seconds"),
             "as fast as the bytes": number("of_raw"),

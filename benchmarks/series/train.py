@@ -21,12 +21,12 @@ BETAS = (0.9, 0.95)
 def make(home: Path, plan: Plan) -> None:
     """Train on the library, then tune on its tests."""
     torch.use_deterministic_algorithms(True)
-    library = list(sources(tests=False))
+    library = list(sources(tests=False, most=plan.text))
     tokens = Tokens(library, plan.vocabulary)
     torch.manual_seed(0)
     model = GPT(plan.width, plan.layers, plan.vocabulary, plan.context)
-    pretrain(home, plan, model, tokens.of(library, plan.text))
-    text = tokens.of(list(sources(tests=True)), plan.text // 4)
+    pretrain(home, plan, model, tokens.of(library))
+    text = tokens.of(list(sources(tests=True, most=plan.text)))
     for rate in ("1e-5", "1e-4"):
         for kind, dtype in (("bf16", torch.float32), ("pure", torch.bfloat16)):
             tune(home / f"{kind}-{rate}", plan, copy.deepcopy(model).to(dtype), text, float(rate))

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mandapa.content.codecs import Mode
+    from mandapa.content.link import Mode
     from mandapa.repository.artifact import AliasStep, Artifact
     from mandapa.repository.repository import Repository
     from mandapa.repository.transaction import Transaction

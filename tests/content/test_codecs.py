@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mandapa.content import codecs
-from mandapa.content.codecs import CODECS, FEATURES, RAW, ZSTD, decode, encode
+from mandapa.content.codecs import BF16, CODECS, DELTA, FEATURES, PCO, PLANES, RAW, ZSTD, choice, decode, encode
 from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError
 from mandapa.format.strict import CHUNK_MAX
 
@@ -24,7 +23,7 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-MODES = ("raw", "auto", "dense")
+EFFORTS = ("raw", "fast", "planes", "dense")
 LOG = "".join(f"step {i} loss {1 / (i + 1):.6f} lr 0.0003\n" for i in range(50_000)).encode()
 
 
@@ -45,20 +44,20 @@ def bfloats(count: int) -> bytes:
 @given(
     data=st.binary(max_size=3000)
     | st.builds(lambda part, times: part * times, st.binary(min_size=1, max_size=40), st.integers(1, 3000)),
-    mode=st.sampled_from(MODES),
+    effort=st.sampled_from(EFFORTS),
 )
-def test_what_goes_in_comes_out(data: bytes, mode: str) -> None:
-    """Any bytes come back from any mode, and no mode makes them longer."""
-    codec, stored = encode(data, mode)
+def test_what_goes_in_comes_out(data: bytes, effort: str) -> None:
+    """Any bytes come back from any effort, and no effort makes them longer."""
+    codec, stored, _ = encode(data, effort)
     assert decode(codec, stored, len(data)) == data
     assert len(stored) <= len(data)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("effort", EFFORTS)
 @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
-def test_any_buffer(mode: str, kind: type) -> None:
+def test_any_buffer(effort: str, kind: type) -> None:
     """Bytes, bytearrays and views are taken and can be decoded from."""
-    codec, stored = encode(kind(LOG[:100_000]), mode)
+    codec, stored, _ = encode(kind(LOG[:100_000]), effort)
     assert decode(codec, memoryview(stored), 100_000) == LOG[:100_000]
     assert decode(codec, bytearray(stored), 100_000) == LOG[:100_000]
 
@@ -66,8 +65,8 @@ def test_any_buffer(mode: str, kind: type) -> None:
 def test_views_of_other_formats() -> None:
     """A view of floats is the bytes of the floats."""
     data = memoryview(array("f", [1.5] * 5000))
-    for mode in MODES:
-        codec, stored = encode(data, mode)
+    for effort in EFFORTS:
+        codec, stored, _ = encode(data, effort)
         assert bytes(memoryview(decode(codec, stored, 20_000)).cast("B")) == data.tobytes()
 
 
@@ -89,9 +88,9 @@ def test_views_of_other_formats() -> None:
         pytest.param(noise(1 << 16) + bytes(1 << 16) + noise(7 << 17), RAW, id="a few zeros in noise"),
     ],
 )
-def test_auto_compresses_repeats_and_leaves_floats(data: bytes, codec: int) -> None:
-    """Auto spends time only on what shrinks by a fifth."""
-    chosen, stored = encode(data, "auto")
+def test_fast_compresses_repeats_and_leaves_floats(data: bytes, codec: int) -> None:
+    """`fast` spends time only on what shrinks by a fifth."""
+    chosen, stored, _ = encode(data, "fast")
     assert chosen == codec
     assert decode(chosen, stored, len(data)) == data
     if codec == ZSTD:
@@ -100,53 +99,57 @@ def test_auto_compresses_repeats_and_leaves_floats(data: bytes, codec: int) -> N
         assert stored is data
 
 
-def test_dense_is_never_larger_than_auto() -> None:
+def test_dense_is_never_larger_than_fast() -> None:
     """Dense takes the smallest of all, floats included."""
     for data in (LOG[: 1 << 20], floats(1 << 16), bfloats(1 << 16), noise(1 << 16), LOG[:120], b""):
-        assert len(encode(data, "dense")[1]) <= len(encode(data, "auto")[1])
-    assert encode(floats(1 << 16), "dense")[0] == ZSTD
+        assert len(encode(data, "dense")[1]) <= len(encode(data, "fast")[1])
+    assert encode(floats(1 << 16), "dense")[0] == PCO
+    assert encode(floats(1 << 16), "planes")[0] == PLANES
 
 
 def test_a_frame_is_the_same_each_time() -> None:
     """A compressor that was used before gives the frame of a new one: one frame, with its size, no checksum."""
-    stored = bytes(encode(LOG, "auto")[1])
-    encode(noise(5000), "auto")
-    encode(LOG[:9000], "auto")
-    assert encode(LOG, "auto")[1] == stored == zstd.compress(LOG, 1)
+    stored = bytes(encode(LOG, "fast")[1])
+    encode(noise(5000), "fast")
+    encode(LOG[:9000], "fast")
+    assert encode(LOG, "fast")[1] == stored == zstd.compress(LOG, 1)
     assert zstd.get_frame_info(stored).decompressed_size == len(LOG)
     assert not stored[4] & 0b0000_0111  # neither checksum nor dictionary
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_largest_chunk(mode: str) -> None:
-    """16 MiB go through every mode; one byte more is refused."""
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_the_largest_chunk(effort: str) -> None:
+    """16 MiB go through every effort; one byte more is refused."""
     data = (LOG * 20)[:CHUNK_MAX]
-    codec, stored = encode(data, mode)
+    codec, stored, _ = encode(data, effort)
     assert decode(codec, stored, CHUNK_MAX) == data
     with pytest.raises(InvalidInputError, match="above the limit"):
-        encode(bytes(CHUNK_MAX + 1), mode)
+        encode(bytes(CHUNK_MAX + 1), effort)
 
 
 @pytest.mark.parametrize("wrong", [zstd.compress(LOG[:8999] + b"?", 1), zstd.compress(LOG[:8999], 1), b"", b"junk"])
-@pytest.mark.parametrize("mode", ["auto", "dense"])
-def test_a_compressor_that_errs_is_found_out(mode: str, wrong: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("effort", ["fast", "dense"])
+def test_a_compressor_that_errs_is_found_out(effort: str, wrong: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """What does not decode to the same bytes is not stored: the chunk stays raw."""
-    monkeypatch.setattr(codecs, "_compress", lambda view, level: wrong)
-    assert encode(LOG[:9000], mode) == (RAW, LOG[:9000])
+    monkeypatch.setattr(choice, "compress", lambda view, level: wrong)
+    monkeypatch.setattr(choice, "encode_planes", lambda view, width: wrong)
+    monkeypatch.setattr(choice, "encode_pco", lambda view, width: wrong)
+    assert encode(LOG[:9000], effort) == (RAW, LOG[:9000], None)
 
 
 def test_refused_arguments() -> None:
-    """Modes and codecs that are not there are refused by name; a codec as something newer."""
-    with pytest.raises(InvalidInputError, match="'fast'"):
-        encode(b"", "fast")
+    """Efforts and codecs that are not there are refused by name; a codec as something newer."""
+    with pytest.raises(InvalidInputError, match="'auto'"):
+        encode(b"", "auto")
     with pytest.raises(FormatVersionError, match="codec 7"):
         decode(7, b"", 0)
 
 
 def test_the_registry() -> None:
     """Ids and feature names are part of the format."""
-    assert dict(FEATURES) == {0: "raw", 1: "zstd"}
-    assert not any(codec.needs_base for codec in CODECS.values())
+    assert dict(FEATURES) == {RAW: "raw", ZSTD: "zstd", PLANES: "planes", PCO: "pco", DELTA: "delta", BF16: "bf16"}
+    assert list(FEATURES) == [0, 1, 2, 3, 4, 5]
+    assert [codec for codec, known in CODECS.items() if known.needs_base] == [DELTA, BF16]
 
 
 def test_decode_of_literal_bytes() -> None:
@@ -239,8 +242,8 @@ def test_threads_do_not_mix() -> None:
         rng = random.Random(seed)
         for _ in range(40):
             part = rng.randbytes(50) * rng.randrange(1, 4000)
-            for mode in ("auto", "dense") if len(part) < 20_000 else ("auto",):
-                codec, stored = encode(part, mode)
+            for effort in ("fast", "dense") if len(part) < 20_000 else ("fast",):
+                codec, stored, _ = encode(part, effort)
                 if hashlib.sha256(decode(codec, stored, len(part))).digest() != hashlib.sha256(part).digest():
                     return False
         return True

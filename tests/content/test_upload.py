@@ -15,6 +15,7 @@ import pytest
 from mandapa.content.codecs import decode
 from mandapa.content.fetch import read_pieces
 from mandapa.content.index import Index
+from mandapa.content.link import Link
 from mandapa.content.packing import Packer
 from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
@@ -770,7 +771,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_packer_reuses_its_buffers():
     """However many packs are made, threads + 2 buffers are."""
     store = MemoryObjectStore()
-    packer = Packer(store, threads=1, new_id=ids())
+    packer = Packer(store, link=Link(near=True), threads=1, new_id=ids())
     made = set()
     data = noise(6 * MIB)
     for i in range(20):

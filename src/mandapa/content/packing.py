@@ -11,15 +11,19 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
+from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
-from mandapa.content.codecs import ZSTD, Mode, encode
+from mandapa.content.cache import ChunkCache
+from mandapa.content.codecs import ZSTD, Encoded, encode
 from mandapa.content.cutters import Source
+from mandapa.content.fetch import Wave
 from mandapa.content.index import Index, Piece, piece_of
+from mandapa.content.link import Link, Mode
 from mandapa.digest import Hasher, digest
-from mandapa.errors import InvalidInputError
+from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.keys import container_key
-from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part
+from mandapa.format.manifest import BASES_MAX, Chunk, FileRow, Leaf, NodeAddress, Part
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, TRAILER_SIZE, PackEntry, pack_footer
 from mandapa.format.strict import CONTAINER_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
@@ -84,6 +88,7 @@ class Packer:
 
     Args:
         store: Where containers go.
+        link: Learns how fast it takes them.
         threads: Puts under way at once; 0 makes each put in the caller's thread.
         new_id: Makes 16 random bytes.
 
@@ -93,8 +98,9 @@ class Packer:
         added: Bytes handed to the store so far.
     """
 
-    def __init__(self, store: ObjectStore, *, threads: int, new_id: Callable[[], bytes]) -> None:
+    def __init__(self, store: ObjectStore, *, link: Link, threads: int, new_id: Callable[[], bytes]) -> None:
         self._store = store
+        self._link = link
         self._threads = threads
         self._new_id = new_id
         self.table: list[bytes] = []
@@ -198,6 +204,7 @@ class Packer:
         self._puts.add(self._pool.submit(self._put, opened, size))
 
     def _put(self, opened: _Open, size: int) -> None:
+        started = self._link.clock()
         try:
             self._store.put(container_key(opened.container), opened.view[:size])
         except BaseException as error:
@@ -207,6 +214,7 @@ class Packer:
             if self._threads == 0:
                 raise
             return
+        self._link.put(size, self._link.clock() - started)
         opened.view.release()
         self._free.append(opened.buffer)
         if self.progress is not None:
@@ -236,6 +244,8 @@ class Batch(NamedTuple):
 
     buffer: bytearray
     ends: list[int]
+    old: Sequence[Piece | None]
+    """For each chunk the one that it may be a delta to, or that one's base."""
     read: Callable[[memoryview], None] | None
     """Fills the buffer, in any thread; None where it is filled."""
 
@@ -245,9 +255,10 @@ class _Taken(NamedTuple):
 
     hash: bytes
     raw: int
-    codec: int
-    stored: Buffer | None
+    encoded: Encoded | None
     """None where the chunk is known."""
+    base: Piece | None
+    """What it was encoded as a delta to."""
     known: Piece | None
 
 
@@ -256,15 +267,39 @@ class Placer:
 
     Looks into what it has placed itself, what was seeded, what the caller knows, the index; in this order.
 
+    Args:
+        store: Where bases of deltas are read.
+        packer: Where new chunks go.
+        index: What this machine remembers of the repository.
+        mode: How they are stored.
+        link: Says how much work they may be in mode ``auto``.
+        cache: Where bases of deltas may be at hand, and where new chunks are put to be such bases; for far stores.
+        threads: Threads that hash and encode.
+
     Attributes:
+        codecs: Codecs of all chunks that were placed, and of their bases.
         hits: Containers of chunks that were found, neither begun here nor inherited from the base version: whoever
             commits makes sure that they are there, and will be.
     """
 
-    def __init__(self, packer: Packer, index: Index, *, codec: Mode, threads: int) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        packer: Packer,
+        index: Index,
+        *,
+        mode: Mode,
+        link: Link,
+        cache: ChunkCache | None,
+        threads: int,
+    ) -> None:
+        self._store = store
         self._packer = packer
         self._index = index
-        self._codec: Mode = codec
+        self._mode: Mode = mode
+        self._link = link
+        self._cache = cache
+        self._threads = threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._workers = min(threads, cores)
         self._pool: ThreadPoolExecutor | None = None
@@ -274,6 +309,7 @@ class Placer:
         self._seeds: dict[bytes, tuple[Chunk, Sequence[bytes]]] = {}
         self._inherited: set[bytes] = set()
         self.bad: set[bytes] = set()
+        self.codecs: set[int] = set()
         self.hits: set[bytes] = set()
 
     def seed(self, node: Leaf | Part) -> None:
@@ -304,6 +340,7 @@ class Placer:
         container = piece.container
         if container not in self._inherited and container not in self._packer.fresh:
             self.hits.add(container)
+        self.codecs.add(piece.codec)
         base = None if piece.base is None else self._base(piece.base)
         chunk = Chunk(self._packer.number(container), *piece[1:5], b"", base)
         self.placed[piece.hash] = chunk
@@ -314,16 +351,18 @@ class Placer:
         chunk = self.adopt(piece)
         return Chunk(chunk.container, chunk.offset, chunk.stored, chunk.raw, chunk.codec, piece.hash, chunk.base)
 
-    def add(self, hash_: bytes, raw: int, codec: int, stored: Buffer) -> Chunk:
-        """Store a chunk; its ``hash`` field is empty."""
-        number, offset = self._packer.add_chunk(stored, raw, codec, hash_)
-        chunk = self.placed[hash_] = Chunk(number, offset, len(stored), raw, codec)
-        return chunk
-
     def encode(self, data: Buffer, hash_: bytes) -> Chunk:
-        """Encode and store a chunk that was not found."""
-        codec, stored = encode(data, self._codec)
-        return self.add(hash_, len(data), codec, stored)
+        """Encode and store a chunk that was not found; its ``hash`` field is empty."""
+        encoded, base = self._encode(memoryview(data), hash_, None)
+        return self._add(hash_, len(data), encoded, base)
+
+    def _add(self, hash_: bytes, raw: int, encoded: Encoded, base: Piece | None) -> Chunk:
+        below = None if base is None else self._base(base)
+        codec, stored = encoded.codec, encoded.stored
+        number, offset = self._packer.add_chunk(stored, raw, codec, hash_)
+        self.codecs.add(codec)
+        chunk = self.placed[hash_] = Chunk(number, offset, len(stored), raw, codec, b"", below)
+        return chunk
 
     def from_views(self, views: Iterable[memoryview]) -> Iterator[Batch]:
         """Batches of chunks, each view copied before the next is asked for."""
@@ -340,14 +379,19 @@ class Placer:
         if used:
             yield batch
 
-    def from_cuts(self, source: Source, path: str, cuts: Sequence[int], start: int) -> Iterator[Batch]:
-        """Batches of the chunks of ``source`` from ``start`` on, which is a cut or 0; read by whoever hashes them."""
+    def from_cuts(
+        self, source: Source, path: str, cuts: Sequence[int], start: int, old: Sequence[Piece | None] = ()
+    ) -> Iterator[Batch]:
+        """Batches of the chunks of ``source`` from ``start`` on, which is a cut or 0; read by whoever hashes them.
+
+        ``old`` has a chunk to be a delta to for each of all chunks, or none for any.
+        """
         first = bisect_right(cuts, start)
         while first < len(cuts):
             last = max(bisect_right(cuts, start + _BUFFER), first + 1)
             ends = [cut - start for cut in cuts[first:last]]
             buffer = self._begin(ends[-1]).buffer
-            yield Batch(buffer, ends, partial(_read_all, source, path, start, ends[-1]))
+            yield Batch(buffer, ends, old[first:last], partial(_read_all, source, path, start, ends[-1]))
             start = cuts[last - 1]
             first = last
 
@@ -406,8 +450,8 @@ class Placer:
 
     def _begin(self, size: int) -> Batch:
         if size > _BUFFER:
-            return Batch(bytearray(size), [], None)
-        return Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [], None)
+            return Batch(bytearray(size), [], (), None)
+        return Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [], (), None)
 
     def _work(self, batch: Batch, known: dict[bytes, Piece]) -> list[_Taken]:
         """Hash chunks, and encode those that nobody knows. In any thread: changes nothing but the batch."""
@@ -423,14 +467,37 @@ class Placer:
             found.update(self._find(unknown))
         result = []
         seen: set[bytes] = set()
-        for hash_, chunk in zip(hashes, chunks, strict=True):
+        for hash_, chunk, old in zip_longest(hashes, chunks, batch.old):
             if hash_ in found or hash_ in seen or hash_ in placed:
-                result.append(_Taken(hash_, len(chunk), 0, None, found.get(hash_)))
+                result.append(_Taken(hash_, len(chunk), None, None, found.get(hash_)))
             else:
                 seen.add(hash_)
-                codec, stored = encode(chunk, self._codec)
-                result.append(_Taken(hash_, len(chunk), codec, stored, None))
+                result.append(_Taken(hash_, len(chunk), *self._encode(chunk, hash_, old), None))
         return result
+
+    def _encode(self, chunk: memoryview, hash_: bytes, old: Piece | None) -> tuple[Encoded, Piece | None]:
+        """How a chunk is stored, and the base of that; in any thread."""
+        link = self._link
+        effort = link.effort(self._mode, cores=self._workers, puts=self._threads)
+        bases: Sequence[Piece] = ()
+        if effort == "dense" and old is not None:
+            # Those first that have the fewest bases; one that has two has no room for another.
+            bases = [piece for piece in reversed(old.chain()) if len(piece.chain()) <= BASES_MAX]
+        started = link.clock()
+        encoded = encode(chunk, effort, [partial(self._raw, piece) for piece in bases])
+        link.coded(effort, len(chunk), link.clock() - started)
+        if self._cache is not None and effort in ("planes", "dense"):  # a delta to it may be worth while
+            self._cache.put(hash_, chunk)
+        return encoded, None if encoded.base is None else bases[encoded.base]
+
+    def _raw(self, piece: Piece) -> Buffer | None:
+        """The bytes of a base; None where they are not to be had without waiting for the link, or not at all."""
+        if self._mode == "auto" and not self._link.near:
+            return None if self._cache is None else self._cache.get(piece.hash)
+        try:
+            return Wave(self._store, [piece], lambda _: "the version before", self._cache).all(threads=0)[0]
+        except (NotFoundError, CorruptionError):  # a reader of that version will say so
+            return None
 
     def _settle(self, one: _Taken) -> Chunk:
         chunk = self.placed.get(one.hash)
@@ -438,8 +505,8 @@ class Placer:
             return chunk
         if one.known is not None:
             return self.adopt(one.known)
-        assert one.stored is not None
-        return self.add(one.hash, one.raw, one.codec, one.stored)
+        assert one.encoded is not None
+        return self._add(one.hash, one.raw, one.encoded, one.base)
 
     def _find(self, hashes: Sequence[bytes]) -> dict[bytes, Piece]:
         found: dict[bytes, Piece] = {}

@@ -10,13 +10,15 @@ from typing import NamedTuple
 
 import msgspec
 
-from mandapa.content.codecs import Mode
+from mandapa.content.cache import ChunkCache
+from mandapa.content.codecs import required
 from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
 from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
 from mandapa.content.fetch import read_pieces
 from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
+from mandapa.content.link import Link, Mode
 from mandapa.content.packing import Packer, Placer
 from mandapa.content.transfer import RowMaker, bare, pieces_of
 from mandapa.content.tree import Located, NodeReader
@@ -35,6 +37,7 @@ from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["Upload"]
 
+_COUNTERPART = 64 << 10  # a shorter chunk is likely to be a group of tensors, or a header
 _EMPTY = digest(b"")
 _GROUP = 2048  # files of which the rows are made together
 _SMALL_BYTES = 4 << 20  # of small files that are held until their chunks are looked up together
@@ -81,6 +84,8 @@ class Upload:
         new_id: Makes 16 random bytes, for the names of containers.
         clock: Nanoseconds since the epoch, as file times are.
         nodes: Reads the parts of large base rows; by default one of its own.
+        link: What was measured of the way to the store; by default it counts as near, and is learnt anew.
+        cache: Chunks of far stores that are at hand.
     """
 
     def __init__(
@@ -93,14 +98,17 @@ class Upload:
         new_id: Callable[[], bytes] = _new_id,
         clock: Callable[[], int] = time.time_ns,
         nodes: NodeReader | None = None,
+        link: Link | None = None,
+        cache: ChunkCache | None = None,
     ) -> None:
+        link = link or Link(near=True)
         self._store = store
         self._index = index
         self._clock = clock
         self._pid = os.getpid()
         self._closed = False
-        self._packer = Packer(store, threads=threads, new_id=new_id)
-        self._placer = Placer(self._packer, index, codec=codec, threads=threads)
+        self._packer = Packer(store, link=link, threads=threads, new_id=new_id)
+        self._placer = Placer(store, self._packer, index, mode=codec, link=link, cache=cache, threads=threads)
         self._nodes = nodes or NodeReader(store, keep=256, on_leaf=index.feed)
         self._rows = RowMaker(self._packer, index, self._nodes)
         self._cutter = Cutter()
@@ -121,6 +129,11 @@ class Upload:
     def fresh(self) -> set[bytes]:
         """Containers that this upload has put, is putting, or has begun to fill."""
         return self._packer.fresh
+
+    @property
+    def requires(self) -> set[str]:
+        """Features of the format that rows made here need."""
+        return required(self._placer.codecs)
 
     @property
     def added(self) -> int:
@@ -447,7 +460,7 @@ class Upload:
             growth = Growth(structured_cuts(source), [], 0, Hasher())
         cuts, kept, start, asset = growth
         if cuts is not None:  # then the threads that hash can read as well
-            batches = self._placer.from_cuts(source, at, cuts, start)
+            batches = self._placer.from_cuts(source, at, cuts, start, counterparts(cuts, old))
         else:
             batches = self._placer.from_views(self._cutter.cut(source, at))
         chunks = self._adopt_all(kept) + self._placer.place_all(batches, known, asset)
@@ -525,6 +538,32 @@ class Upload:
             raise ClosedError("this upload is closed")
         if self._pid != os.getpid():
             raise ClosedError("this upload belongs to the process that forked this one: make one here")
+
+
+def counterparts(cuts: Sequence[int], old: Sequence[Piece]) -> list[Piece | None]:
+    """For each chunk between ``cuts`` the chunk of an earlier version that is likely to be the same tensor's.
+
+    Chunks of 64 KiB and more are paired from the front as long as their lengths are equal, and the rest likewise from
+    the back: what was added, dropped or reshaped in between has no counterpart.
+
+    Example:
+        >>> old = [Piece(b"", 0, 0, raw, 0, bytes([raw >> 16])) for raw in (1 << 16, 3 << 16, 2 << 16)]
+        >>> [one and one.hash[0] for one in counterparts([7 << 16, 10 << 16, 12 << 16], old)]
+        [None, 3, 2]
+    """
+    found: list[Piece | None] = [None] * len(cuts)
+    lengths = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+    new = [i for i, length in enumerate(lengths) if length >= _COUNTERPART]
+    large = [piece for piece in old if piece.raw >= _COUNTERPART]
+    first = 0
+    while first < min(len(new), len(large)) and lengths[new[first]] == large[first].raw:
+        found[new[first]] = large[first]
+        first += 1
+    last = 1
+    while last <= min(len(new), len(large)) - first and lengths[new[-last]] == large[-last].raw:
+        found[new[-last]] = large[-last]
+        last += 1
+    return found
 
 
 def _name(source: str | _Start | bytes | None) -> str:

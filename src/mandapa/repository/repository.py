@@ -10,8 +10,9 @@ from typing import Any, get_args
 
 from mandapa.address import parse_address
 from mandapa.content.cache import ChunkCache
-from mandapa.content.codecs import FEATURES, Mode
+from mandapa.content.codecs import FEATURES
 from mandapa.content.index import Index
+from mandapa.content.link import Link, Mode
 from mandapa.content.tree import NodeReader
 from mandapa.errors import (
     ConflictError,
@@ -86,9 +87,12 @@ class Repository:
             self.store = SingleWriterObjectStore(patient)
             self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
         self.index = Index(cache_dir, repository=self.id, url=store.url)
+        near = store.url.startswith(("file:", "memory:"))
+        self.link = Link(near=near)
+        """What was measured of the way to the store."""
         self.cache: ChunkCache | None = None
         """What this machine has of the chunks of far stores."""
-        if cache_dir is not None and cache_size > 0 and not store.url.startswith(("file:", "memory:")):
+        if cache_dir is not None and cache_size > 0 and not near:
             self.cache = ChunkCache(os.path.join(cache_dir, "chunks"), cache_size)
         self.reader = NodeReader(self.store, on_leaf=self.index.feed)
 

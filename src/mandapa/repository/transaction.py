@@ -129,6 +129,8 @@ class Transaction:
             threads=self._repo.threads,
             new_id=self._repo.author.new_id,
             nodes=self._repo.reader,
+            link=self._repo.link,
+            cache=self._repo.cache,
         )
         self._upload.before_first_put = self._register
         self._upload.progress = self._report
@@ -432,7 +434,7 @@ class Transaction:
             added=self._upload.added,
             message=self._message,
             metadata=self._metadata,
-            requires=sorted(self._requires.union(() if base is None else base.requires)),
+            requires=sorted(self._requires.union(self._upload.requires, *[one.requires for one in self._bases])),
         )
         for name, contest in self._aliases.items():
             rival = state.versions.get(state.aliases.get(name, -1))

@@ -41,10 +41,9 @@ class ChunkCache:
     number of processes and threads share a folder. Chunks below 64 KiB are not kept.
 
     The files together stay below ``limit``, and below half of what the disk would have free without them: a process
-    looks at the folder before it puts, and again after each 1/32 of the limit, so a larger chunk is not kept. Above 7/8
-    it removes what was used longest ago, down to 3/4, but nothing that was used in the last ten minutes; where that
-    leaves more than 7/8, nothing is put for a minute. (More than four processes that put at once may exceed the limit
-    by 1/32 each.)
+    looks at the folder before it puts, and again after each 1/32 of the limit, so a larger chunk is not kept. Above
+    27/32 it removes what was used longest ago, down to 24/32, but nothing that was used in the last ten minutes; where
+    that leaves 28/32, nothing is put for a minute. (Each process beyond four that put at once may add 1/32.)
 
     Args:
         folder: Where the files are; made when something is put, mode 0700.
@@ -146,14 +145,15 @@ class ChunkCache:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             disk = os.statvfs(self._folder)
             limit = min(self._limit, (total + disk.f_bavail * disk.f_frsize) // 2)
-            if total > limit * 7 // 8:
+            share = limit // _SHARE
+            if total > 27 * share:
                 for used, freed, path in entries:
-                    if total <= limit * 3 // 4 or used > now - _YOUNG:
+                    if total <= 24 * share or used > now - _YOUNG:
                         break
                     with suppress(FileNotFoundError):
                         os.unlink(path)
                     total -= freed
-            self._room = max(0, min(limit // _SHARE, limit * 7 // 8 - total))
+            self._room = max(0, min(share, 28 * share - total))
         except OSError:
             self._room = 0
         finally:

@@ -219,9 +219,7 @@ class Wave:
             stored = self._stored[piece]
         base = None if piece.base is None else self._base(i, piece.base)
         try:
-            if base is None:
-                return decode(piece.codec, stored, piece.raw)
-            return decode(piece.codec, stored, piece.raw, base)  # type: ignore[call-arg]
+            return decode(piece.codec, stored, piece.raw, base)
         except CorruptionError as error:
             raise self._corrupt(i, piece, str(error)) from None
 

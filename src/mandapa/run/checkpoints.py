@@ -24,9 +24,10 @@ from mandapa.errors import CorruptionError, InvalidInputError, MandapaError
 from mandapa.format.strict import check_path
 from mandapa.run.logger import Logger
 
-__all__ = ["Checkpoint", "CheckpointSaver", "Every", "load_state", "save_state"]
+__all__ = ["STATE", "Checkpoint", "CheckpointSaver", "Every", "load_state", "numpy_is_safe", "save_state", "take_apart"]
 
-_STATE = "mandapa.state"
+STATE = "mandapa.state"
+"""Where in a safetensors header the structure of the state is, as JSON."""
 _REF = "$tensor"
 _SAFETENSORS = ".safetensors"
 
@@ -263,7 +264,7 @@ def _save_torch(state: Any, path: str) -> None:
         raise OSError(errno.EIO, f"torch could not write all of it ({reason})", path) from error
     look = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
     if look is not None:
-        with _numpy_is_safe(torch):
+        with numpy_is_safe(torch):
             refused = look(path)
         if refused:
             raise InvalidInputError(
@@ -276,7 +277,7 @@ def _save_torch(state: Any, path: str) -> None:
 def _load_torch(path: str) -> Any:
     torch = _torch()
     try:
-        with _numpy_is_safe(torch), open(path, "rb") as file:  # of a path it may make something of its ending
+        with numpy_is_safe(torch), open(path, "rb") as file:  # of a path it may make something of its ending
             return torch.load(file, map_location="cpu", weights_only=True)
     except MandapaError:
         raise
@@ -286,7 +287,7 @@ def _load_torch(path: str) -> Any:
         raise CorruptionError(f"{path} cannot be loaded without unpickling: {reason}", key=path) from error
 
 
-def _numpy_is_safe(torch: Any) -> AbstractContextManager[Any]:
+def numpy_is_safe(torch: Any) -> AbstractContextManager[Any]:
     """Arrays and scalars of numpy hold bytes, and no code; the states of random generators are such."""
     allow = getattr(torch.serialization, "safe_globals", None)
     try:
@@ -344,7 +345,7 @@ _DEPTH = 64
 
 def _save_safetensors(state: Any, path: str) -> None:
     tensors: dict[str, Any] = {}
-    skeleton = json.dumps(_take_apart(state, "", tensors, 0))
+    skeleton = json.dumps(take_apart(state, "", tensors, 0))
     kinds = {type(tensor).__module__.partition(".")[0] for tensor in tensors.values()}
     if len(kinds) > 1:
         raise InvalidInputError("format='safetensors': all arrays of a state are torch's, or all are numpy's")
@@ -355,7 +356,7 @@ def _save_safetensors(state: Any, path: str) -> None:
         raise InvalidInputError(f"format='safetensors' needs {error.name}: pip install safetensors") from None
     try:
         tensors = _unshared(tensors) if torch else _in_order(tensors)
-        library.save_file(tensors, path, metadata={_STATE: skeleton, "format": "pt" if torch else "np"})
+        library.save_file(tensors, path, metadata={STATE: skeleton, "format": "pt" if torch else "np"})
     except (
         importlib.import_module("safetensors").SafetensorError,
         KeyError,
@@ -384,7 +385,7 @@ def _is_held(library: Any, tensor: Any) -> bool:
     return True
 
 
-def _take_apart(value: Any, at: str, tensors: dict[str, Any], depth: int) -> Any:
+def take_apart(value: Any, at: str, tensors: dict[str, Any], depth: int) -> Any:
     """The structure of a state as JSON, its tensors put into ``tensors`` under their place."""
     if depth > _DEPTH:
         raise InvalidInputError(f"the state is nested too deep at {_shorter(at)}")
@@ -399,11 +400,11 @@ def _take_apart(value: Any, at: str, tensors: dict[str, Any], depth: int) -> Any
         tensors[name] = value
         return {_REF: name}
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and type(value.item()) in _PLAIN:
-        return _take_apart(value.item(), at, tensors, depth + 1)
+        return take_apart(value.item(), at, tensors, depth + 1)
     if isinstance(value, Mapping):
-        return {"$dict": [[_key(k, at), _take_apart(v, _join(at, k), tensors, depth + 1)] for k, v in value.items()]}
+        return {"$dict": [[_key(k, at), take_apart(v, _join(at, k), tensors, depth + 1)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
-        items = [_take_apart(item, _join(at, n), tensors, depth + 1) for n, item in enumerate(value)]
+        items = [take_apart(item, _join(at, n), tensors, depth + 1) for n, item in enumerate(value)]
         return {"$tuple": items} if isinstance(value, tuple) else items
     raise InvalidInputError(
         f"format='safetensors' cannot hold the {type(value).__name__} at {_shorter(at)}: it takes tensors, numbers, "
@@ -461,9 +462,9 @@ def _load_safetensors(path: str) -> Any:
             _torch()
         with safe_open(path, framework=framework) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        if _STATE not in metadata:
+        if STATE not in metadata:
             return tensors
-        return _put_together(json.loads(metadata[_STATE]), tensors)
+        return _put_together(json.loads(metadata[STATE]), tensors)
     except MandapaError:
         raise
     except (library.SafetensorError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:

@@ -29,6 +29,7 @@ from mandapa.run.journal import (
     UrlEntry,
 )
 from mandapa.run.logger import BackendSpec
+from mandapa.run.ring import settle
 
 __all__ = ["Committer", "Hub", "size_of", "waits"]
 
@@ -356,14 +357,16 @@ class Committer:
                     self._lost(f"the artifact {entry.name}")
                     lost.append(entry)
             elif isinstance(entry, CheckpointEntry):
-                gone = [f.path for f in entry.files if not _has(self._directory.source(f.source), f.size)]
+                gone = [file for file in entry.files if not settle(self._directory, file)]
                 if gone:
-                    self._lost(f"the checkpoint of step {entry.step} ({', '.join(gone)})")
+                    held = any(file.memory is not None for file in gone)
+                    self._lost(f"the checkpoint of step {entry.step} ({', '.join(f.path for f in gone)})", held=held)
                     lost += [other for other in entries if isinstance(other, CheckpointEntry)]
         return [entry for entry in entries if entry not in lost] if lost else entries
 
-    def _lost(self, what: str) -> None:
-        message = f"{what}: its bytes are not in the run's directory any more; it is left out"
+    def _lost(self, what: str, *, held: bool = False) -> None:
+        where = "neither in memory nor in the run's directory" if held else "not in the run's directory"
+        message = f"{what}: its bytes are {where} any more; it is left out"
         self._tell(message)
         self.report = {**self.report, "lost": [*self.report.get("lost", []), message][-20:]}
 

@@ -26,6 +26,7 @@ __all__ = [
     "EndEntry",
     "Entry",
     "File",
+    "InMemory",
     "Intervals",
     "Journal",
     "JournalReader",
@@ -69,7 +70,20 @@ class BeginEntry(Entry, frozen=True, kw_only=True, tag="begin"):
     """Backend -> the version that the run's folder is from here on, None: empty. Not there: as it was."""
 
 
-class File(msgspec.Struct, frozen=True, kw_only=True):
+class InMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bytes of a file are until they are in the file."""
+
+    slot: str
+    """The file of the memory: absolute, or relative to the run's directory."""
+    turn: str
+    """Which use of the slot, 16 hex digits; in another turn it holds something else."""
+    outline: int
+    """Bytes of the outline, at 4096."""
+    digest: str
+    """BLAKE3 of the outline, in hex."""
+
+
+class File(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bytes that the run owns."""
 
     path: str
@@ -77,6 +91,8 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """Relative to the run's directory, or absolute."""
     size: int
+    memory: InMemory | None = None
+    """Where they are until somebody has written them to ``source``."""
 
 
 class AssetEntry(Entry, frozen=True, kw_only=True, tag="asset"):

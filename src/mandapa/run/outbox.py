@@ -15,7 +15,17 @@ from mandapa.errors import ClosedError, MandapaError, StorageError
 from mandapa.run.directory import RunDirectory, read_json
 from mandapa.run.handle import Handle
 from mandapa.run.inside import Inside
-from mandapa.run.journal import ENTRIES, AssetEntry, BeginEntry, CommitEntry, EndEntry, Entry, File, Journal
+from mandapa.run.journal import (
+    ENTRIES,
+    AssetEntry,
+    BeginEntry,
+    CheckpointEntry,
+    CommitEntry,
+    EndEntry,
+    Entry,
+    File,
+    Journal,
+)
 from mandapa.run.limits import Limits
 from mandapa.run.logger import Take
 from mandapa.run.process import UploaderProcess
@@ -65,6 +75,9 @@ class Outbox:
         self._journal = Journal(directory.journal(rank), ENTRIES, after=known)
         self.begun = [line for line in self._journal.found if isinstance(line, BeginEntry)]
         """How the rank began before."""
+        files = [file for line in self._journal.found if isinstance(line, CheckpointEntry) for file in line.files]
+        self.turns = None if self._journal.damaged else {file.memory.turn for file in files if file.memory is not None}
+        """The turns of memory that it speaks of; None: it cannot be read."""
         if not self._journal.damaged:  # a line that cannot be read may name something
             sweep(directory, rank, self._journal.found)
         self._journal.found.clear()

@@ -13,9 +13,10 @@ from mandapa.run.backend import checkpoint_place, name_below
 from mandapa.run.batches import Feed, complete_checkpoints
 from mandapa.run.checkpoints import Checkpoint
 from mandapa.run.directory import Lock, RunDirectory
-from mandapa.run.journal import ENTRIES, BeginEntry, CheckpointEntry, EndEntry, File, JournalReader
+from mandapa.run.journal import ENTRIES, BeginEntry, CheckpointEntry, EndEntry, JournalReader
 from mandapa.run.progress import Progress
 from mandapa.run.reader import fetch
+from mandapa.run.ring import settle
 
 __all__ = ["from_store", "newest_local", "one_at_a_time"]
 
@@ -27,7 +28,10 @@ Dest = str | os.PathLike[str] | None
 def newest_local(directory: RunDirectory, rank: int, progress: Iterable[Progress]) -> Checkpoint | None:
     """The checkpoint of the highest step of which every rank's file is in the run's directory.
 
-    What was before an attempt that began afresh does not count.
+    What was before an attempt that began afresh does not count. What is in memory yet is written first.
+
+    Raises:
+        StorageError: There is no room to write it.
     """
     feed = Feed()
     since = 0
@@ -40,7 +44,7 @@ def newest_local(directory: RunDirectory, rank: int, progress: Iterable[Progress
     found = [
         parts
         for parts in complete_checkpoints(feed)
-        if parts[0][1].attempt >= since and all(_is_there(directory, f) for _, e in parts for f in e.files)
+        if parts[0][1].attempt >= since and all(settle(directory, f) for _, e in parts for f in e.files)
     ]
     if not found:
         return None
@@ -121,10 +125,3 @@ def _gather(directory: RunDirectory, sources: Mapping[str, str], folder: str) ->
         return target
 
     return gather
-
-
-def _is_there(directory: RunDirectory, file: File) -> bool:
-    try:
-        return os.stat(directory.source(file.source)).st_size == file.size
-    except OSError:
-        return False

@@ -612,6 +612,7 @@ class Run:
                 if done:
                     self._outbox.inside.drain(_OTHERS)
                 self._outbox.inside.stop(_STOP)
+            self._saving.close()
             try:
                 self._loggers.tell(lambda logger: logger.close(), makers=False)
             finally:

@@ -12,15 +12,20 @@ from mandapa.errors import InvalidInputError
 from mandapa.format.strict import check_path
 from mandapa.repository.metadata import clean_metadata
 from mandapa.run.backend import CHECKPOINT
+from mandapa.run.capture import Capture, capture
 from mandapa.run.checkpoints import save_state
 from mandapa.run.directory import RunDirectory
 from mandapa.run.handle import Handle
 from mandapa.run.journal import ENTRIES, CheckpointEntry, File, JournalReader
 from mandapa.run.listeners import Listeners, check_step
 from mandapa.run.outbox import Outbox
+from mandapa.run.ring import Ring, Slot
 from mandapa.run.staging import drop, release, take_all
 
 __all__ = ["Saving"]
+
+SMALL = 1 << 20
+"""Bytes of a state up to which it is written at once: that takes no longer than to hand it to somebody else."""
 
 
 class Saving:
@@ -41,19 +46,66 @@ class Saving:
         self._saver = loggers.saver
         self._savers = savers
         self._size_guess = 0
+        self._ring: Ring | None = None
 
     def save(self, state: Any, *, step: int, epoch: int | None, metrics: Mapping[str, Any] | None) -> Handle:
         """Write a state, and hand it over; see `Run.save_checkpoint`."""
         facts = self._check(step, epoch, metrics)
         name = self.file_name(step, epoch)
+        captured = capture(state, self._saver.format) if self._outbox.keys else None
+        if captured is not None and captured.size <= SMALL:
+            captured = None
+        guess = self._size_guess if captured is None else captured.size
+        slot: Slot | None = None
 
         def own() -> list[File]:
+            nonlocal slot
             path = self._new_path(step, name)
-            size = save_state(state, path, self._saver.format, self._directory.unfinished(self.rank))
-            self._size_guess = size
-            return [File(path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=size)]
+            file = None
+            if captured is not None and (slot := self._slot(captured.memory)) is not None:
+                file = self._hold(captured, slot, name, path)
+            if file is None:
+                self._size_guess = save_state(state, path, self._saver.format, self._directory.unfinished(self.rank))
+                source = self._directory.relative(path)
+                file = File(path=f"{CHECKPOINT}/{name}", source=source, size=self._size_guess)
+            return [file]
 
-        return self._hand_over(name, self._size_guess, own, step=step, epoch=epoch, metrics=facts)
+        handed = False
+        try:
+            handle = self._hand_over(name, guess, own, step=step, epoch=epoch, metrics=facts)
+            handed = handle.state != "skipped"
+        finally:
+            if slot is not None and not handed:
+                slot.free()
+        return handle
+
+    def _slot(self, size: int) -> Slot | None:
+        """Memory for so many bytes, if there is some."""
+        if self._ring is None:
+            self._ring = Ring(self._directory, self.rank, self._outbox.turns)
+        try:
+            return self._ring.take(size)
+        except OSError:  # of the list of slots: a file it is, then
+            return None
+
+    def _hold(self, captured: Capture, slot: Slot, name: str, path: str) -> File | None:
+        """Copy a state into memory; its file, of which only the place is taken yet. None: the slot's disk fails."""
+        try:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            memory = captured.fill(slot, self._directory.relative(slot.path))
+        except OSError:
+            slot.free()
+            drop([path])
+            return None
+        return File(
+            path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=captured.size, memory=memory
+        )
+
+    def close(self) -> None:
+        """Let go of the memory; what is in it goes its way."""
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def log(
         self,

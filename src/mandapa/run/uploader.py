@@ -21,16 +21,17 @@ from typing import Any
 
 import msgspec
 
-from mandapa.errors import InvalidInputError, MandapaError
+from mandapa.errors import InvalidInputError, MandapaError, StorageError
 from mandapa.run.backend import WANDB, Backend, key_of, public, spec_from, value_of
 from mandapa.run.committer import Committer, Hub
 from mandapa.run.directory import RunDirectory, read_json, write_json
 from mandapa.run.follower import Follower
-from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry, Intervals
+from mandapa.run.journal import ArtifactEntry, AssetEntry, CheckpointEntry, Entry, File, Intervals
 from mandapa.run.logger import BackendSpec
 from mandapa.run.process import fingerprint
 from mandapa.run.progress import Progress
 from mandapa.run.repository_backend import RepositoryBackend
+from mandapa.run.ring import is_held, remove_free, settle
 from mandapa.run.secrets import redact
 from mandapa.run.staging import drop_links, release
 
@@ -40,6 +41,7 @@ _TICK = 0.05  # seconds between looks at the journals
 _LIVENESS = 0.2
 _STATUS = 0.2
 _SYNC = 0.5  # seconds between two rounds of fsync, which hold up whoever makes files on the same disk
+_AGAIN = 2.0  # seconds until a state in memory is written again for which the disk had no room
 _NICE = 10
 
 Make = Callable[[BackendSpec, RunDirectory, Callable[[str], None]], Backend]
@@ -78,9 +80,10 @@ class Uploader:
         self._current = current
         self._once = once
         self._hub = Hub(urgent=once)
-        self._follower = Follower(directory, self._hub, self.tell, lambda rank, e: self._unsynced.append((rank, e)))
+        self._follower = Follower(directory, self._hub, self.tell, self._take)
         self._durable: dict[int, int] = {}
         self._unsynced: list[tuple[int, Entry]] = []
+        self._unsettled: list[File] = []
         self._unnoticed = False  # there are entries that call for no commit, and were not counted yet
         self._retired: dict[int, list[CheckpointEntry]] = {}
         self._counts: dict[str, tuple[int, int]] = {}
@@ -128,8 +131,8 @@ class Uploader:
             del self._counts[key]
         for committer in self.committers.values():
             committer.start()
-        syncer = threading.Thread(target=self._sync, name="mandapa-sync", daemon=True)
-        syncer.start()
+        for work in (self._settle, self._sync):
+            threading.Thread(target=work, name="mandapa-disk", daemon=True).start()
         looked = last_alive = time.monotonic()
         drained = opened = False
         lock = self._directory.uploader_lock()
@@ -174,6 +177,9 @@ class Uploader:
         self._stop()
         self._release()
         self._write_status(last=True)
+        for rank, live_now in self._hub.feed.live.items():
+            if not live_now:
+                remove_free(self._directory, rank)
         if drained and not any(self._hub.feed.live.values()):
             waiting = [source for entries in self._hub.feed.entries.values() for e in entries for source in _sources(e)]
             drop_links(self._directory, self._grown.difference(waiting))
@@ -206,7 +212,31 @@ class Uploader:
         self._unnoticed |= some
         return calls
 
+    def _take(self, rank: int, entry: Entry) -> None:
+        self._unsynced.append((rank, entry))
+        if any(file.memory is not None for file in _files(entry)):
+            self._unsettled += _files(entry)
+
     # -- durable ------------------------------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Write what was handed over in memory, before anything else is done with it: the memory is free then."""
+        said = ""
+        while not self._hub.stopping:
+            with self._hub.changed:
+                while not self._unsettled and not self._hub.stopping:
+                    self._hub.changed.wait()
+                waiting, self._unsettled = self._unsettled, []
+            for at, file in enumerate(waiting):
+                try:
+                    settle(self._directory, file)
+                except StorageError as error:
+                    if said != (said := str(error)):
+                        self.tell(said)
+                    with self._hub.changed:
+                        self._unsettled[:0] = waiting[at:]
+                    time.sleep(_AGAIN)
+                    break
 
     def _sync(self) -> None:
         """Bring what was handed over onto the disk, again and again: a second later the machine may restart."""
@@ -216,8 +246,12 @@ class Uploader:
                 while not self._unsynced and not self._hub.stopping:
                     self._hub.changed.wait()
                 waiting, self._unsynced = self._unsynced, []
-            ranks = {}
-            for rank, entry in waiting:
+            ranks: dict[int, int] = {}
+            later: list[tuple[int, Entry]] = []
+            for rank, entry in waiting:  # a rank's number says that all before it is durable, too
+                if any(rank == other for other, _ in later) or any(is_held(self._directory, f) for f in _files(entry)):
+                    later.append((rank, entry))
+                    continue
                 for source in _sources(entry):
                     _fsync(self._directory.source(source))
                     if isinstance(entry, ArtifactEntry):
@@ -230,6 +264,8 @@ class Uploader:
             for rank, n in ranks.items():
                 _fsync(self._directory.journal(rank))
                 self._durable[rank] = n
+            with self._hub.changed:
+                self._unsynced[:0] = later
 
     # -- letting go ---------------------------------------------------------------------------------------------------
 
@@ -287,6 +323,10 @@ class Uploader:
             except OSError as error:
                 self._status = {}
                 self.tell(f"the status cannot be written: {error}")
+
+
+def _files(entry: Entry) -> list[File]:
+    return entry.files if isinstance(entry, CheckpointEntry) else []
 
 
 def _sources(entry: Entry) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import random
 import stat
 import subprocess
 import sys
@@ -12,64 +11,17 @@ import threading
 from contextlib import suppress
 
 import pytest
+from restoring import FILES, Repo, noise, tree
 
 from mandapa.content import download as download_module
 from mandapa.content import folders as folders_module
-from mandapa.content.download import download
 from mandapa.content.index import Index
 from mandapa.content.transfer import pieces_of
-from mandapa.content.tree import Located, NodeReader
-from mandapa.content.upload import Upload
+from mandapa.content.tree import Located
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import FileRow, UrlRow
-from mandapa.object_store import MemoryObjectStore
-from mandapa.testing.faults import CountingObjectStore
-
-MIB = 1 << 20
-
-
-def noise(size, seed=0):
-    return random.Random(seed).randbytes(size)
-
-
-FILES = {
-    "README": b"hello\n",
-    "a/b/deep": noise(5000, 1),
-    "a/empty": b"",
-    "a/large": noise(20 * MIB + 5, 2),
-    "a.txt": b"text " * 5000,
-    "run.sh": b"#!/bin/sh\n",
-    "zeros": bytes(9 * MIB),
-}
-
-
-class Repo:
-    def __init__(self, store=None):
-        self.store = CountingObjectStore(store or MemoryObjectStore())
-
-    def put(self, files, **options):
-        with Upload(self.store, index=Index(), **options) as upload:
-            rows = [upload.add_bytes(path, data) for path, data in sorted(files.items())]
-            upload.flush()
-        rows = [with_mode(located, path_ends=".sh") for located in rows]
-        self.store.reset()
-        return rows
-
-    def get(self, rows, dest, **options):
-        return download(rows, dest, store=self.store, load=NodeReader(self.store).load, **options)
-
-
-def with_mode(located, path_ends):
-    row = located.row
-    if row.path.endswith(path_ends):
-        row = FileRow(row.path, row.size, 1, row.digest, row.chunks)
-    return Located(row, located.table)
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -229,7 +181,7 @@ def test_killed(tmp_path):
     code = """
 import os, sys, threading
 sys.path.insert(0, sys.argv[2])
-from test_download import FILES, Repo
+from restoring import FILES, Repo
 class Slow:
     def __init__(self, store): self.store = store
     def __getattr__(self, name): return getattr(self.store, name)

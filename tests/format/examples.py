@@ -149,10 +149,8 @@ def shapes(leaf, rows):
             ChildRow("two.bin", 0, 400, len(large_stored), digest(large_raw), node_digest(large), 1, len(whole)),
         ],
     )
-    delta = Leaf(
-        [PACK, META],
-        [FileRow("w.bin", 12, 0, digest(HELLO), (Chunk(1, 16, 9, 12, 7, b"", Chunk(0, 16, 12, 12, 0, digest(HELLO))),))],
-    )
+    base = Chunk(0, 16, 12, 12, 0, digest(HELLO))
+    delta = Leaf([PACK, META], [FileRow("w.bin", 12, 0, digest(HELLO), (Chunk(1, 16, 9, 12, 7, b"", base),))])
     return {
         "part": part_raw,
         "large leaf": large_raw,

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 from mandapa.content.cutters.layout import HEADER_MAX, MEMBERS_MAX, SMALLEST, Member
 from mandapa.content.cutters.source import Source, read_some
 
-__all__ = ["Archive", "Entry", "Refused", "archive_members", "archives_of", "local_data_start"]
+__all__ = ["LOCAL_SIZE", "Archive", "Entry", "Refused", "archive_members", "archives_of", "local_data_start"]
 
 _LOCAL = Struct("<4s2xHH16xHH")
+LOCAL_SIZE = _LOCAL.size
+"""Bytes of a local header, without name and padding."""
+
 _ENTRY = Struct("<4s4xHH4xIIIHHHH6xI")
 _END = Struct("<4sHHHHIIH")
 _END64 = Struct("<4sQ4xIIQQQQ")
@@ -134,7 +137,7 @@ class Archive:
         for name, record, size, crc, flags, _ in self.entries():
             _require(floor <= record < self.directory)
             if size >= SMALLEST:
-                _require(self._source.readinto(record, local_view) == _LOCAL.size)
+                _require(self._source.readinto(record, local_view) == LOCAL_SIZE)
                 start = local_data_start(local, record, flags)
                 floor = start + size
             else:
@@ -173,11 +176,10 @@ class Archive:
         return data
 
 
-def local_data_start(header: bytes | bytearray | memoryview, record: int, flags: int) -> int:
+def local_data_start(header: bytes | bytearray | memoryview, record: int, flags: int | None = None) -> int:
     """Where the bytes of a member start, whose local header starts at ``record`` with these 30 bytes or more."""
-    _require(len(header) >= _LOCAL.size)
     magic, local_flags, method, name, extra = _LOCAL.unpack_from(header)
-    _require(magic == b"PK\x03\x04" and local_flags == flags and method == 0)
+    _require(magic == b"PK\x03\x04" and flags in (None, local_flags) and method == 0)
     return record + _LOCAL.size + int(name) + int(extra)
 
 

@@ -314,6 +314,11 @@ def _long(machine: _Machine) -> None:
     machine.push(int.from_bytes(machine.take(machine.number(1)), "little", signed=True))
 
 
+def _frozen_set(machine: _Machine) -> None:
+    machine.to_mark()
+    machine.push(_OPAQUE)
+
+
 def _skip(width: int) -> _Step:
     """Bytes in any form: never part of a tensor's description."""
 
@@ -359,7 +364,7 @@ _INSTRUCTIONS: dict[bytes, _Step] = {
     b"a": lambda m: m.append([m.stack.pop()]),
     b"e": lambda m: m.append(m.to_mark()),
     b"\x90": lambda m: m.to_mark(),  # into a set
-    b"\x91": lambda m: (m.to_mark(), m.push(_OPAQUE)),  # a frozen set
+    b"\x91": _frozen_set,
     b"s": lambda m: m.set_items(list(m.last(2))),
     b"u": lambda m: m.set_items(m.to_mark()),
     b"q": lambda m: m.put(m.number(1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -14,6 +14,7 @@ from mandapa.content.cutters.archive import Archive, Entry, Refused, archives_of
 from mandapa.content.cutters.layout import HEADER_MAX
 from mandapa.content.cutters.safetensors import Placed, safetensors_entries
 from mandapa.content.cutters.source import Source, read_some
+from mandapa.content.ranges import RangeReader
 from mandapa.content.tensors.dtypes import ITEM_SIZES, NUMPY_KINDS, SAFETENSORS
 from mandapa.content.tensors.pickles import DIMENSIONS_MAX, BadPickle, Opaque, View, named_tensors, read_pickle
 from mandapa.errors import InvalidInputError
@@ -25,6 +26,7 @@ _NUMPY_HEADER = re.compile(
     rb"\{'descr': '([<>|=])([a-zA-Z]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
 _NUMPY_HEADER_MAX = 4096
+_NUMPY_AHEAD = 16  # arrays whose first chunks, of up to 4 MiB, are at hand at a time
 
 
 class TensorPlace(NamedTuple):
@@ -84,14 +86,16 @@ def tensors_of(source: Source) -> list[TensorPlace] | None:
         return None
 
 
-def read_structure(source: Source, path: str) -> Structure:
+def read_structure(source: Source, path: str, names: Collection[str] | None = None) -> Structure:
     """The same with what cannot be read, for messages that call the file ``path``.
+
+    With ``names``, tensors that are not among them may be missing, where that saves a look at each of them.
 
     Raises:
         InvalidInputError: It is no tensor file, or its header lies; says what is wrong.
     """
     try:
-        return _read(source)
+        return _read(source, names)
     except _Unreadable as error:
         raise InvalidInputError(f"{path} cannot be read by tensors: {error}") from error
 
@@ -100,12 +104,12 @@ class _Unreadable(ValueError):  # noqa: N818 - not an error: it never leaves thi
     """No tensor file, and why."""
 
 
-def _read(source: Source) -> Structure:
+def _read(source: Source, names: Collection[str] | None = None) -> Structure:
     head = bytes(read_some(source, 0, 9))
     lost: dict[str, str] = {}
     try:
         if head[:4] == b"PK\x03\x04":
-            kind, found = _archives(source, lost)
+            kind, found = _archives(source, names, lost)
         elif head[:6] == NUMPY_MAGIC:
             kind, found = "npy", _one(_array(source, "0", 0, source.size, None), lost)
         elif head[8:] == b"{":
@@ -170,12 +174,17 @@ def _safetensors(source: Source, start: int, lost: dict[str, str]) -> Iterator[T
 # -- archives ----------------------------------------------------------------------------------------------------------
 
 
-def _archives(source: Source, lost: dict[str, str]) -> tuple[str, list[TensorPlace]]:
-    archives = list(archives_of(source))[::-1]
+def _archives(source: Source, names: Collection[str] | None, lost: dict[str, str]) -> tuple[str, list[TensorPlace]]:
+    archives: list[Archive] = []
+    for archive in archives_of(source):
+        if not archives and archive.start and isinstance(source, RangeReader):
+            source.want_small()
+        archives.append(archive)
+    archives.reverse()
     if len(archives) == 1:
         members = _Members(source, archives[0])
         if members.pickle is None:
-            return "npz", list(_npz(source, members, lost))
+            return "npz", list(_npz(source, members, names, lost))
         return "torch", list(_torch(source, members, "", "0", lost))
     found: list[TensorPlace] = []
     for number, archive in enumerate(archives):
@@ -259,19 +268,28 @@ def _is_c_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 # -- NumPy -------------------------------------------------------------------------------------------------------------
 
 
-def _npz(source: Source, members: _Members, lost: dict[str, str]) -> Iterator[TensorPlace]:
+def _npz(
+    source: Source, members: _Members, names: Collection[str] | None, lost: dict[str, str]
+) -> Iterator[TensorPlace]:
     if not all(name.endswith(b".npy") for name in members.places):
         raise _Unreadable("it is an archive that neither torch nor NumPy writes")
-    for raw, (entry, start) in members.places.items():
-        try:
-            name = raw[:-4].decode("utf-8")
-        except UnicodeDecodeError:
-            raise _Unreadable("its archive has a name that is not UTF-8") from None
-        found = _array(source, name, start, start + entry.size, (entry.record, start))
-        if isinstance(found, str):
-            lost[name] = found
-        else:
-            yield found
+    try:
+        places = {name[:-4].decode("utf-8"): place for name, place in members.places.items()}
+    except UnicodeDecodeError:
+        raise _Unreadable("its archive has a name that is not UTF-8") from None
+    if names is not None and all(name in places for name in names):
+        places = {name: places[name] for name in names}
+    items = list(places.items())
+    for at in range(0, len(items), _NUMPY_AHEAD):
+        group = items[at : at + _NUMPY_AHEAD]
+        if isinstance(source, RangeReader):
+            source.want([(start, start + min(entry.size, _NUMPY_HEADER_MAX)) for _, (entry, start) in group])
+        for name, (entry, start) in group:
+            found = _array(source, name, start, start + entry.size, (entry.record, start))
+            if isinstance(found, str):
+                lost[name] = found
+            else:
+                yield found
 
 
 def _array(source: Source, name: str, start: int, end: int, member: tuple[int, int] | None) -> TensorPlace | str:

@@ -27,7 +27,7 @@ import mandapa
 from mandapa.object_store import LocalObjectStore
 from mandapa.object_store.base import ObjectStore
 from mandapa.repository.repository import Repository
-from mandapa.testing.server import Server, serve
+from mandapa.testing.server import Knobs, Server, serve
 
 MIB = 1 << 20
 PACK = 16 * MIB
@@ -135,9 +135,11 @@ def ours_commit(source: Path, place: str, codec: str) -> None:
         txn.add(source, at=None if source.is_dir() else "model.bin")
 
 
-def ours_restore(place: str, dest: Path) -> None:
+def ours_restore(place: str, dest: Path, cache_size: int = 0) -> None:
     """One download of the newest version."""
-    Repository(store_at(place), cache_dir=None, threads=THREADS)["bench:latest"].download(dest)
+    cache = os.environ["MANDAPA_CACHE"] if cache_size else None
+    repo = Repository(store_at(place), cache_dir=cache, cache_size=cache_size, threads=THREADS)
+    repo["bench:latest"].download(dest)
 
 
 STEPS: dict[str, Callable[..., None]] = {
@@ -146,7 +148,7 @@ STEPS: dict[str, Callable[..., None]] = {
     "raw_s3_put": lambda a: raw_s3_put(Path(a["source"]), a["place"]),
     "raw_s3_get": lambda a: raw_s3_get(Path(a["source"]), a["place"], Path(a["dest"])),
     "commit": lambda a: ours_commit(Path(a["source"]), a["place"], a["codec"]),
-    "restore": lambda a: ours_restore(a["place"], Path(a["dest"])),
+    "restore": lambda a: ours_restore(a["place"], Path(a["dest"]), int(a.get("cache_size", "0"))),
 }
 
 
@@ -279,6 +281,26 @@ def changes(home: Path, source: Path) -> None:
     )
 
 
+def again(home: Path, source: Path, rounds: int) -> None:
+    """The same version restored without a cache of chunks, into an empty one, and from it, over a link of 30 ms."""
+    print(f"\nRestore of {source.stat().st_size / MIB:.0f} MiB again, S3 with 30 ms latency, to tmpfs")
+    print(f"{'':24}{'no cache':>10}{'first':>8}{'again':>8}")
+    for name, bandwidth in (("no limit", 0.0), ("1 Gbit/s", 125e6)):
+        with serve(Knobs(latency=0.03, bandwidth=bandwidth)) as server:
+            where = f"{server.url}|bucket|again"
+            Repository.create(store_at(where))
+            run("commit", source=str(source), place=where, codec="raw")
+            seconds: dict[str, list[float]] = {"0": [], "first": [], "again": []}
+            for _ in range(rounds):
+                shutil.rmtree(Path(os.environ["MANDAPA_CACHE"], "chunks"), ignore_errors=True)
+                for kind, times in seconds.items():
+                    size = "0" if kind == "0" else str(4 << 30)
+                    times.append(run("restore", place=where, dest=str(home / "restored"), cache_size=size)[0])
+                    shutil.rmtree(home / "restored")
+        no, first, second = (statistics.median(times) for times in seconds.values())
+        print(f"{name:24}{no:10.2f}{first:8.2f}{second:8.2f}")
+
+
 def main() -> None:
     """Print machine facts and all tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -303,6 +325,8 @@ def main() -> None:
         table("10,000 files of 10 KiB, tmpfs", "disk", folder, tmpfs, options.rounds)
         table("10,000 files of 10 KiB, S3 on loopback", "s3", folder, tmpfs, options.rounds)
         changes(tmpfs, folder)
+        make_floats(tmpfs / "again.safetensors", 256 * MIB)
+        again(tmpfs, tmpfs / "again.safetensors", options.rounds)
     finally:
         shutil.rmtree(tmpfs)
         shutil.rmtree(disk)

@@ -198,11 +198,14 @@ class Wave:
         return self._cache is not None and self._cache.has(piece.hash, piece.raw)
 
     def _from_cache(self, i: int, piece: Piece) -> Buffer:
-        value = None if self._cache is None else self._cache.get(piece.hash)
-        if value is not None and len(value) == piece.raw:
-            return value
+        assert self._cache is not None
+        kept = self._cache.get(piece.hash)
+        if kept is not None and len(kept) == piece.raw:
+            return kept
         # Thrown out meanwhile, or damaged.
-        return Wave(self._store, [piece], lambda _: self._path_of(i)).all(threads=0)[0]
+        [value] = Wave(self._store, [piece], lambda _: self._path_of(i)).all(threads=0)
+        self._cache.put(piece.hash, value)
+        return value
 
     def _finished(self, i: int, stored: memoryview | None) -> Buffer:
         piece = self.pieces[i]

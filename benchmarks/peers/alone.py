@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -58,8 +57,9 @@ def link(series: Series, megabits: int) -> list[dict[str, Any]]:
     rows = []
     with serve(Knobs(bandwidth=megabits * 125_000)) as server:
         bare = server.s3(prefix="bare")
-        rows.append({"codec": "the bytes, put by obstore", "seconds": timed(lambda: put(bare, series.paths[-1]))})
-        rows += [{"codec": mode, "seconds": commit_over(server, series, mode)} for mode in MODES]
+        seconds = timed(lambda: put(bare, series.paths[-1]))
+        rows.append({"codec": "the bytes, put by obstore", "sent": 1.0, "seconds": seconds})
+        rows += [{"codec": mode, **commit_over(server, series, mode)} for mode in MODES]
     for row in rows:
         row |= {"series": series.name, "title": series.title, "of_raw": rows[0]["seconds"] / row["seconds"]}
     return rows
@@ -72,15 +72,13 @@ def put(store: Any, path: Path) -> None:
         store.put(f"packs/{at}", data[at : at + (16 << 20)])
 
 
-def commit_over(server: Server, series: Series, mode: Any) -> float:
-    """Seconds of the commit of the last version, upon the one before."""
+def commit_over(server: Server, series: Series, mode: Any) -> dict[str, float]:
+    """Seconds of the commit of the last version, upon the one before, and what it sent of its bytes."""
     store = server.s3(prefix=mode)
     Repository.create(store)
-    home = Path(tempfile.mkdtemp())
-    try:
-        repo = Repository(store, codec=mode, cache_dir=home)
+    with tempfile.TemporaryDirectory() as cache:
+        repo = Repository(store, codec=mode, cache_dir=cache)
         add(repo, series.paths[-2])
         time.sleep(0.2)
-        return timed(lambda: add(repo, series.paths[-1]))
-    finally:
-        shutil.rmtree(home)
+        seconds = timed(lambda: add(repo, series.paths[-1]))
+        return {"seconds": seconds, "sent": repo["bench"].added / series.size}

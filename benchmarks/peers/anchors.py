@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pcodec
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -74,6 +75,28 @@ def unxor(planes: list[bytes], before: np.ndarray) -> np.ndarray:
     return bits.view(before.dtype)[:, 0] ^ before
 
 
+def ordered(bits: np.ndarray) -> np.ndarray:
+    """Integers in the order of the floats whose bits are given."""
+    top = bits.dtype.type(1 << (8 * bits.itemsize - 1))
+    return np.where(bits & top, ~bits, bits ^ top)
+
+
+def unordered(integers: np.ndarray) -> np.ndarray:
+    """What `ordered` was given."""
+    top = integers.dtype.type(1 << (8 * integers.itemsize - 1))
+    return np.where(integers & top, integers ^ top, ~integers)
+
+
+def integers(now: np.ndarray, before: np.ndarray) -> bytes:
+    """The differences of floats as integers, by pcodec: the floor of what a delta can do."""
+    return pcodec.standalone.simple_compress(ordered(now) - ordered(before), pcodec.ChunkConfig())
+
+
+def unintegers(stored: bytes, before: np.ndarray) -> np.ndarray:
+    """What `integers` was given."""
+    return unordered(pcodec.standalone.simple_decompress(stored) + ordered(before))
+
+
 def zipnn(kind: str) -> Way | None:
     """As its makers call it, with one thread."""
     try:
@@ -96,6 +119,7 @@ def ways(kind: str) -> dict[str, Way]:
         ),
         "ZipNN": zipnn(kind),
         "XOR, planes, zstd": Way(xor, unxor),
+        "integers, pcodec": Way(integers, unintegers),
     }
     return {name: way for name, way in found.items() if way is not None}
 

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tools import Tool
+from tools import Tool, run_quietly
 
 import mandapa
+from mandapa.content.transfer import pieces_of
 from mandapa.object_store import LocalObjectStore
 from mandapa.object_store.base import ObjectStore
 from mandapa.repository.repository import Repository
@@ -82,6 +83,33 @@ class Dense(Mandapa):
     """The smallest that is known."""
 
     codec = "dense"
+
+
+class Repacked(Mandapa):
+    """Stored as it comes, and made dense later; what counts is what its versions need then."""
+
+    @classmethod
+    def missing(cls) -> str:
+        return "no command mandapa repack" if run_quietly("mandapa", "repack", "--help").returncode else ""
+
+    def commit(self, number: int) -> None:
+        super().commit(number)
+        done = run_quietly("mandapa", "repack", "bench", "--repo", str(self.store))
+        if done.returncode:
+            raise RuntimeError(f"mandapa repack: {done.stderr}")
+
+    def stored(self) -> int:
+        """Of all chunks that a version needs; what they were before may be there until it is collected."""
+        reader = self._reader()
+        pieces = {
+            (piece.container, piece.offset): piece.stored
+            for artifact in reader.artifacts()
+            for version in artifact.versions()
+            for row in version.rows()
+            for whole in pieces_of(row, reader.reader.load)
+            for piece in whole.chain()
+        }
+        return sum(pieces.values())
 
 
 class CommandLine(Tool):

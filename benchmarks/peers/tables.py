@@ -12,7 +12,7 @@ from measure import Options
 from series import CHECKPOINTS, Plan, load
 
 MEGABITS = 100
-SMALL = ("mandapa, raw", "mandapa", "mandapa, dense", "hf_xet")
+SMALL = ("mandapa, raw", "mandapa", "mandapa, dense", "mandapa, repacked", "hf_xet")
 CODECS = tuple(name for name in CHECKPOINTS if not name.startswith("frozen"))
 DECODED = ("adam", "bf16-1e-5")
 
@@ -118,7 +118,7 @@ TABLES = {
         codecs,
         {
             "series": text("title"),
-            **{name: number(name, 3) for name in (*SMALL, "XOR, planes, zstd", "ZipNN", "zstd-3")},
+            **{name: number(name, 3) for name in (*SMALL, "integers, pcodec", "XOR, planes, zstd", "ZipNN", "zstd-3")},
             "commit raw / auto / dense, s": lambda row: " / ".join(number(f"{name}: s")(row) for name in SMALL[:3]),
         },
     ),
@@ -138,6 +138,7 @@ TABLES = {
         {
             "series": text("title"),
             "codec": text("codec"),
+            "sent, of raw": number("sent", 3),
             "seconds": number("seconds"),
             "as fast as the bytes": number("of_raw"),
         },

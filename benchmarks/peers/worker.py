@@ -24,6 +24,7 @@ TOOLS: dict[str, type[Tool]] = {
     "mandapa": ours.Mandapa,
     "mandapa, raw": ours.Raw,
     "mandapa, dense": ours.Dense,
+    "mandapa, repacked": ours.Repacked,
     "mandapa, command line": ours.CommandLine,
     "hf_xet": versioned.Xet,
     "restic": backups.Restic,

@@ -30,7 +30,7 @@ class Plan:
     batch: int = 8
     text: int = 100_000_000
     """Bytes of text, of the library and of its tests; more than either has, unless for tests."""
-    saves: tuple[int, ...] = (300, 400, 500, 600, 700)
+    saves: tuple[int, ...] = (400, 500, 600, 700)
     """Steps after which the training saves; the last one ends it."""
     tunes: tuple[int, ...] = (0, 20, 40, 60, 80, 100)
     """The same for each fine-tuning."""

@@ -173,12 +173,13 @@ class RangeReader:
         """Have the first and the last chunks at hand: where formats have their headers. One round trip.
 
         And one before it, where parts of the list of chunks are not at hand. Of small chunks several, up to 96 KiB
-        stored at the start and 64 KiB at the end.
+        stored at the start and 64 KiB at the end; of large ones only the first.
         """
         if self.size:
             self.layout.prepare([(0, 1), (self.size - 1, self.size)], self._threads)
             first, last = self.layout.part(0), self.layout.part(-1)
-            self._keep([*_within(first, _HEAD), *_within(last[::-1], _TAIL)])
+            # The start is needed whatever it is; a large chunk at the end is a tensor.
+            self._keep([*first[:1], *_within(first[1:], _HEAD - first[0].piece.stored), *_within(last[::-1], _TAIL)])
 
     def want(self, ranges: Sequence[Range]) -> None:
         """Have these ranges at hand. One round trip, and one before it for parts of the list of chunks."""
@@ -256,10 +257,10 @@ class _Wave(Wave):
 
 
 def _within(spans: Iterable[Span], most: int) -> Iterator[Span]:
-    """The first of them, and as many more as have ``most`` stored bytes together."""
+    """The first of them, as many as have ``most`` stored bytes together."""
     total = 0
-    for number, span in enumerate(spans):
+    for span in spans:
         total += sum([piece.stored for piece in span.piece.chain()])
-        if number and total > most:
+        if total > most:
             return
         yield span

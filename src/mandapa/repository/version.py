@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from mandapa.content.download import DownloadResult, download
+from mandapa.content.ranges import RangeReader
 from mandapa.content.reader import AssetFile
 from mandapa.content.tree import Located, Tree
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError
@@ -24,7 +25,9 @@ from mandapa.repository.log import Log
 from mandapa.repository.state import ArtifactState, VersionState, parse_time
 
 if TYPE_CHECKING:
+    from mandapa.content.tensors.arrays import Frameworks
     from mandapa.repository.artifact import Artifact
+    from mandapa.repository.tensors import Tensor, TensorChange
 
 __all__ = ["Asset", "Diff", "Version", "address_of", "relabel", "root_of"]
 
@@ -351,6 +354,81 @@ class Version:
             threads=self._repo.threads,
         )
         return io.BufferedReader(raw, 128 << 10)
+
+    def tensors(self, path: str) -> Mapping[str, Tensor]:
+        """The tensors of a file by name, in the order of their bytes; only its structure is read, nothing unpickled.
+
+        Safetensors, torch zips (``torch.save``), ``.distcp`` files, ``.npz`` and ``.npy``. Two round trips, three where
+        the file has more than 64 chunks.
+
+        Raises:
+            NotFoundError: No such asset, or the version was deleted.
+            InvalidInputError: The file cannot be read by tensors; says why.
+            CorruptionError: Stored bytes are not what was written.
+        """
+        from mandapa.repository.tensors import list_tensors
+
+        return list_tensors(self, path)
+
+    def load_tensors(
+        self,
+        path: str,
+        names: str | Sequence[str] | None = None,
+        *,
+        framework: Frameworks = "numpy",
+        into: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Tensors of a file, to the bit, by range reads; nothing is unpickled.
+
+        All new arrays share one allocation. One tensor of a large file costs three round trips, and its bytes and less
+        than 256 KiB, or a 4 MiB chunk where it shares one.
+
+        Args:
+            path: Of the file.
+            names: Which; None: all.
+            framework: ``numpy`` (bf16 and fp8 need ml_dtypes) or ``torch`` (on the CPU).
+            into: Arrays to fill instead of new ones, by name: in C order, of the tensor's dtype and shape.
+
+        Raises:
+            NotFoundError: No such asset or tensor, or the version was deleted.
+            InvalidInputError: The file, or a tensor, cannot be read so; the framework is not installed or lacks a
+                dtype; something in ``into`` does not fit.
+            CorruptionError: Stored bytes are not what was written.
+        """
+        from mandapa.repository.tensors import load_tensors
+
+        return load_tensors(self, path, names, framework, into)
+
+    def diff_tensors(self, other: Version, path: str, *, stat: bool = False) -> list[TensorChange]:
+        """Which tensors of a file, or of what it is in ``other``, differ there, by name.
+
+        Tensors whose chunks are equal are not read; others are, block by block.
+
+        Args:
+            other: A version of the same repository.
+            path: Of the file in both versions.
+            stat: Whether to say by how much.
+
+        Raises:
+            As `load_tensors`.
+        """
+        from mandapa.repository.tensors import compare_tensors
+
+        return compare_tensors(self, other, path, stat=stat)
+
+    def with_file(self, path: str, read: Callable[[RangeReader], _T]) -> _T:
+        """What ``read`` makes of a file, again from the start where a repack moved it."""
+        while True:
+            located = self._file(path)
+            repo = self._repo
+            try:
+                return read(
+                    RangeReader(
+                        located, store=repo.store, load=repo.reader.load, cache=repo.cache, threads=repo.threads
+                    )
+                )
+            except NotFoundError as error:
+                self.follow(error)
 
     def _file(self, path: str) -> Located:
         located = self.reading(lambda tree: tree.get(path))

@@ -28,7 +28,7 @@ _U16 = 0xFFFF
 _U32 = 0xFFFFFFFF
 _DESCRIPTOR = 1 << 3
 _REFUSED_FLAGS = 1 << 0 | 1 << 5 | 1 << 6 | 1 << 13  # encrypted, a patch, strongly encrypted, masked
-_TAIL = 4096
+_TAIL = _END64.size + _LOCATOR.size + _END.size  # and nothing before, which may be a large tensor in a store
 _NOT_OURS = "it is an archive that neither torch nor NumPy writes"
 
 

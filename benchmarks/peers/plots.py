@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.sax.saxutils import escape
 
-BAR, GAP, LABEL, WIDE, TOP = 15, 5, 150, 460, 44
+BAR, GAP, LABEL, WIDE, TOP = 15, 5, 180, 490, 44
 STYLE = """text{font:12px system-ui,sans-serif;fill:#57606a}.title{font-size:13px;font-weight:600;fill:#24292f}
 .bar{fill:#8c959f}.ours{fill:#1f7a5c}.mine{font-weight:600;fill:#24292f}.axis{stroke:#8c959f;stroke-width:1}
 @media(prefers-color-scheme:dark){text{fill:#9198a1}.title,.mine{fill:#e6edf3}.bar{fill:#656c76}.ours{fill:#3fb98b}}"""

@@ -24,8 +24,11 @@ from blake3 import blake3
 
 import mandapa.run.outbox
 import mandapa.run.process
+import mandapa.run.saving
 from mandapa import CheckpointSaver, Limits, Run
 from mandapa.loggers import FileLogger, ObjectStoreLogger, TensorboardLogger
+
+mandapa.run.saving.SMALL = 0  # these states, too, are handed over in memory
 
 SHAPE = (48, 8)
 RATE, MOMENTUM = 0.05, 0.9

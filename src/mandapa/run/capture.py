@@ -10,10 +10,14 @@ import ctypes
 import importlib
 import io
 import json
+import mmap
+import os
 import pickle
+import threading
 import warnings
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,6 +31,8 @@ __all__ = ["Capture", "capture"]
 
 _PROTOCOL = 2  # of the pickles of torch.save
 _DEVICES = ("cpu", "cuda")
+_PART = 8 << 20  # bytes that a thread copies at a time
+_THREADS = 4
 _PARTS_OF_BYTES = ("F4", "F6")  # how the names of types begin of which several elements share a byte
 
 
@@ -35,7 +41,7 @@ class Capture:
 
     Args:
         outline: Of its file.
-        pieces: Of each record the bytes, or a tensor of bytes.
+        pieces: Of each record the bytes, or a tensor or an array of bytes.
     """
 
     def __init__(self, outline: Outline, pieces: list[Any]) -> None:
@@ -52,46 +58,102 @@ class Capture:
 
         ``name`` is what the run's journal calls the slot.
 
-        Tensors of a GPU are copied side by side, into memory that is pinned when it is first used for that.
-
         Raises:
             OSError: The disk, on which the slot is, fails.
         """
-        slot.put(HEAD, memoryview(self._json))
-        streams: dict[Any, Any] = {}
-        shared: Any = None
+        slot.put(HEAD, self._json)
+        near: list[_Move] = []
+        far: list[tuple[int, Any]] = []
         for piece, at in zip(self._pieces, offsets(self._outline, HEAD + len(self._json)), strict=False):
-            if isinstance(piece, bytes | memoryview):
-                slot.put(at, memoryview(piece))
-            elif (memory := slot.mapping()) is None:
-                slot.put(at, _view(piece.cpu()))
-            elif size := piece.numel():
-                torch: Any = importlib.import_module("torch")
-                shared = torch.frombuffer(memory, dtype=torch.uint8) if shared is None else shared
-                with _stream(torch, piece.device, streams, slot, shared):
-                    shared[at : at + size].copy_(piece, non_blocking=True)
-        for stream in streams.values():
-            stream.synchronize()
+            if isinstance(piece, bytes):
+                slot.put(at, piece)
+            elif (address := _address(piece)) is None:
+                far.append((at, piece))
+            elif len(piece):
+                near.append(_Move(at, address, len(piece)))
+        memory = slot.mapping()
+        if memory is None:
+            for at, tensor in far:
+                here = tensor.cpu()
+                slot.put(at, _Move(at, here.data_ptr(), len(here)).view())
+            for move in near:
+                slot.put(move.at, move.view())
+        else:
+            if far:
+                _fetch(slot, memory, far)
+            _copy(memory, near)
         return InMemory(slot=name, turn=slot.turn, outline=len(self._json), digest=hexdigest(self._json))
 
 
-def _stream(torch: Any, device: Any, streams: dict[Any, Any], slot: Slot, shared: Any) -> Any:
-    """In it copies from a device go on while the next one is asked for."""
-    if device.type == "cpu":
+class _Move(NamedTuple):
+    """Bytes of this process that go into a slot."""
+
+    at: int
+    address: int
+    size: int
+
+    def view(self) -> memoryview:
+        return memoryview((ctypes.c_char * self.size).from_address(self.address)).cast("B")
+
+
+def _address(piece: Any) -> int | None:
+    """Where the bytes are in this process; None: they are on a GPU."""
+    if not hasattr(piece, "data_ptr"):
+        return int(piece.ctypes.data)
+    return int(piece.data_ptr()) if piece.device.type == "cpu" else None
+
+
+def _copy(memory: mmap.mmap, moves: Iterable[_Move]) -> None:
+    """Copy with several threads, which take part after part: one whose core is busy holds up nobody for long."""
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    parts = [
+        (base + move.at + start, move.address + start, min(_PART, move.size - start))
+        for move in moves
+        for start in range(0, move.size, _PART)
+    ]
+    left = iter(parts)
+
+    def work() -> None:
+        for part in left:
+            ctypes.memmove(*part)  # without Python's lock
+
+    helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(_THREADS, _cores(), len(parts)) - 1)]
+    for helper in helpers:
+        helper.start()
+    work()
+    for helper in helpers:
+        helper.join()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _fetch(slot: Slot, memory: mmap.mmap, pieces: Iterable[tuple[int, Any]]) -> None:
+    """Copy from GPUs, side by side, into memory that is pinned when this is first done."""
+    torch: Any = importlib.import_module("torch")
+    shared = torch.frombuffer(memory, dtype=torch.uint8)
+    streams: dict[Any, Any] = {}
+    for at, piece in pieces:
+        with _stream(torch, piece.device, streams, slot, shared):
+            shared[at : at + len(piece)].copy_(piece, non_blocking=True)
+    for stream in streams.values():
+        stream.synchronize()
+
+
+def _stream(torch: Any, device: Any, streams: dict[Any, Any], slot: Slot, shared: Any) -> AbstractContextManager[Any]:
+    """In it a copy from the device goes on while the next one is asked for."""
+    if device.type != "cuda":
         return nullcontext()
     if slot.unpin is None:
         runtime, pointer = torch.cuda.cudart(), shared.data_ptr()
-        runtime.cudaHostRegister(pointer, shared.numel(), 0)  # where it cannot be, copies are slow, and right
+        runtime.cudaHostRegister(pointer, len(shared), 0)  # where it cannot be, copies are slow, and right
         slot.unpin = lambda: runtime.cudaHostUnregister(pointer)
     if device not in streams:
         streams[device] = torch.cuda.Stream(device)
         streams[device].wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(streams[device])
-
-
-def _view(tensor: Any) -> memoryview:
-    """The bytes of a tensor of bytes in this process's memory."""
-    return memoryview((ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
+    stream: AbstractContextManager[Any] = torch.cuda.stream(streams[device])
+    return stream
 
 
 def capture(state: Any, format_: str) -> Capture | None:
@@ -227,7 +289,7 @@ def _bytes_of_tensor(torch: Any, tensor: Any) -> Any:
     return plain if _is_plain(torch, plain) else None
 
 
-def _bytes_of_array(numpy: Any, array: Any) -> memoryview | None:
+def _bytes_of_array(numpy: Any, array: Any) -> Any:
     if not array.dtype.isnative or array.dtype.hasobject:
         return None
-    return memoryview(numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8))
+    return numpy.ascontiguousarray(array).reshape(-1).view(numpy.uint8)

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from mandapa.digest import hexdigest
@@ -22,7 +22,7 @@ from mandapa.run.directory import Lock, RunDirectory, read_json, write_json
 from mandapa.run.journal import File, InMemory
 from mandapa.run.serial import INDEX_MAX, offsets, read_outline, size_of_file, write_file
 
-__all__ = ["HEAD", "Ring", "Slot", "free_memory", "is_held", "memory_of", "remove_free", "settle"]
+__all__ = ["HEAD", "Ring", "Slot", "drop_slots", "free_memory", "is_held", "memory_of", "remove_free", "settle"]
 
 SHARED = "/dev/shm"  # noqa: S108 - names in it cannot be guessed, and are made with O_EXCL
 HEAD = 4096
@@ -116,15 +116,12 @@ class Slot:
                 self._map.madvise(mmap.MADV_DONTFORK)  # a forked child has no use for it, and forks faster
         return self._map
 
-    def put(self, at: int, data: memoryview) -> None:
-        """Copy bytes to an offset."""
-        target = self.mapping()
-        if target is not None:
-            target[at : at + len(data)] = data
-            return
-        while data:
-            done = os.pwrite(self._fd, data[: 64 << 20], at)
-            data, at = data[done:], at + done
+    def put(self, at: int, data: bytes | memoryview) -> None:
+        """Write bytes at an offset; raises `OSError`."""
+        rest = memoryview(data)
+        while rest:
+            done = os.pwrite(self._fd, rest[: 64 << 20], at)
+            rest, at = rest[done:], at + done
 
     def read(self, at: int, size: int) -> Iterator[memoryview]:
         """So many bytes, in parts that are good until the next one is asked for; raises `CorruptionError`."""
@@ -217,7 +214,7 @@ class Ring:
                 write_json(self._list, {"slots": [*known, self._directory.relative(path)]})
                 _make_file(path, size)
                 slot = Slot(path)
-            except OSError:
+            except (OSError, AttributeError):  # a system that cannot reserve
                 _unlink(path)
                 continue
             self._slots.append(slot)
@@ -261,6 +258,13 @@ def remove_free(directory: RunDirectory, rank: int) -> None:
         directory.note(f"the memory of rank {rank} cannot be given back: {error.strerror}")
     finally:
         lock.release()
+
+
+def drop_slots(paths: Iterable[str]) -> None:
+    """Remove slots of a run whose directory was removed."""
+    for path in paths:
+        if _NAME.fullmatch(os.path.basename(path)):
+            _unlink(path)
 
 
 def memory_of(directory: RunDirectory, rank: int) -> int:

@@ -91,8 +91,8 @@ class Saving:
     def _hold(self, captured: Capture, slot: Slot, name: str, path: str) -> File | None:
         """Copy a state into memory; its file, of which only the place is taken yet. None: the slot's disk fails."""
         try:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             memory = captured.fill(slot, self._directory.relative(slot.path))
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except OSError:
             slot.free()
             drop([path])

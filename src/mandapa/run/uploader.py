@@ -31,7 +31,7 @@ from mandapa.run.logger import BackendSpec
 from mandapa.run.process import fingerprint
 from mandapa.run.progress import Progress
 from mandapa.run.repository_backend import RepositoryBackend
-from mandapa.run.ring import is_held, remove_free, settle
+from mandapa.run.ring import drop_slots, is_held, remove_free, settle
 from mandapa.run.secrets import redact
 from mandapa.run.staging import drop_links, release
 
@@ -84,6 +84,7 @@ class Uploader:
         self._durable: dict[int, int] = {}
         self._unsynced: list[tuple[int, Entry]] = []
         self._unsettled: list[File] = []
+        self._slots: set[str] = set()
         self._unnoticed = False  # there are entries that call for no commit, and were not counted yet
         self._retired: dict[int, list[CheckpointEntry]] = {}
         self._counts: dict[str, tuple[int, int]] = {}
@@ -141,6 +142,7 @@ class Uploader:
             ending = self._ending
             if lock.lost():  # the run was removed; what may be at its place now has an uploader of its own
                 self._stop()
+                drop_slots(self._slots)
                 return False
             now = time.monotonic()
             look = now - looked >= _LIVENESS
@@ -214,8 +216,9 @@ class Uploader:
 
     def _take(self, rank: int, entry: Entry) -> None:
         self._unsynced.append((rank, entry))
-        if any(file.memory is not None for file in _files(entry)):
-            self._unsettled += _files(entry)
+        held = [file for file in _files(entry) if file.memory is not None]
+        self._unsettled += held
+        self._slots.update(self._directory.source(file.memory.slot) for file in held if file.memory is not None)
 
     # -- durable ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from safetensors.torch import save
+
 
 def test_log_lists_newest_first(net):
     """Names, sizes, message or metadata."""
@@ -117,6 +120,38 @@ def test_ls_keeps_files_beside_folders_of_a_similar_name(net):
         ("a.b", "file"),
         ("a", "folder"),
     ]
+
+
+def test_tensors(net):
+    """Of one file or of all; what became of them, and by how much, for people and programs."""
+    weights = {"a": torch.zeros(100, 3), "b": torch.ones(2).bfloat16()}
+    (net.folder / "w.safetensors").write_bytes(save(weights))
+    net("add", "net", "w.safetensors")
+    assert net("ls", "--tensors", "net/w.safetensors").out.splitlines() == [
+        "a  float32   100x3  1.20 kB",
+        "b  bfloat16  2          4 B",
+    ]
+    assert [line.split()[0] for line in net("ls", "--tensors", "net").out.splitlines()] == ["w.safetensors"] * 2
+    assert "cannot be read by tensors" in net("ls", "--tensors", "net/run.sh", code=2).err
+    assert net.json("ls", "--tensors", "net/w.safetensors")[1]["shape"] == [2]
+    weights["a"][0] = 2
+    (net.folder / "w.safetensors").write_bytes(save({"a": weights["a"], "c": torch.tensor(1.0)}))
+    net("add", "net", "w.safetensors")
+    shown = net("diff", "net:latest~1", "net").out.splitlines()[1:]
+    assert [line.split()[:2] for line in shown] == [["~", "a"], ["-", "b"], ["+", "c"]]
+    assert "L2 3.46 (inf%)  max 2  cosine nan" in net("diff", "--stat", "net:latest~1", "net").out
+    [value] = net.json("diff", "--stat", "net:latest~1", "net")
+    changes = value["tensors"]["w.safetensors"]
+    assert [change["kind"] for change in changes] == ["values", "removed", "added"]
+    assert changes[0]["stat"] | {"l2": 0} == {
+        "l2": 0,
+        "relative": "inf",
+        "max": 2.0,
+        "cosine": "nan",
+        "changed": 3,
+        "nan": [0, 0],
+        "inf": [0, 0],
+    }
 
 
 def test_diff(net):

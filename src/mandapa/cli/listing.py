@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from mandapa.errors import InvalidInputError, NotFoundError
 if TYPE_CHECKING:
     from mandapa.repository.artifact import Artifact
     from mandapa.repository.repository import Repository
+    from mandapa.repository.tensors import Tensor, TensorChange
     from mandapa.repository.version import Asset, Diff, Version
 
 __all__ = ["COMMANDS"]
@@ -198,17 +200,23 @@ def _version_text(version: Version, diff: Diff | None) -> str:
 @click.command()
 @click.argument("address", required=False, metavar="[ADDRESS[/FOLDER]]")
 @click.option("-r", "--recursive", is_flag=True, help="Everything below, not one level.")
+@click.option("--tensors", is_flag=True, help="The tensors of a file, or of all files below.")
 @common
 @pass_session
-def ls(session: Session, address: str | None, recursive: bool) -> None:
+def ls(session: Session, address: str | None, recursive: bool, tensors: bool) -> None:
     """List the files and folders of a version. Without argument, the names of all artifacts."""
     repo = session.open()
     if address is None:
+        if tensors:
+            raise click.UsageError("--tensors needs an address", click.get_current_context())
         for artifact in repo.artifacts():
             name = artifact.name
             session.emit({"artifact": name}, lambda name=name: clean(name))  # type: ignore[misc]
         return
     version = repo[address]
+    if tensors:
+        _list_tensors(session, version)
+        return
     entries = list(_listed(version, recursive))
     if not entries and version.path:
         raise NotFoundError(f"{version.address} has nothing at {version.path!r}")
@@ -217,6 +225,36 @@ def ls(session: Session, address: str | None, recursive: bool) -> None:
             session.emit(entry, str)
         return
     click.echo(table([_ls_row(entry) for entry in entries], right=(0,)) if entries else "empty")
+
+
+def _list_tensors(session: Session, version: Version) -> None:
+    """The tensors of the file that the address names, or of all files below that have some."""
+    one = bool(version.path) and version.path in version.assets
+    files = [version.path] if one else [e["path"] for e in _listed(version, True) if e["kind"] == "file" and e["size"]]
+    if not files:
+        raise NotFoundError(f"{version.address} has nothing at {version.path!r}")
+    rows = []
+    for path in files:
+        try:
+            found = version.tensors(path)
+        except InvalidInputError:  # not a file of tensors
+            if one:
+                raise
+            continue
+        for tensor in found.values():
+            if session.json:
+                session.emit({"path": path, **_tensor_value(tensor)}, str)
+            rows.append((clean(path), clean(tensor.name), tensor.dtype, _shape(tensor), size(tensor.size)))
+    if not session.json:
+        click.echo(table([row[one:] for row in rows], right=(4 - one,)) if rows else "no tensors")
+
+
+def _tensor_value(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape), "size": tensor.size}
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _ls_row(entry: dict[str, Any]) -> tuple[str, str]:
@@ -260,10 +298,11 @@ def _listed(version: Version, recursive: bool) -> Iterator[dict[str, Any]]:
 @click.argument("a")
 @click.argument("b")
 @click.option("--exit-code", is_flag=True, help="End with 1 when they differ.")
+@click.option("--stat", is_flag=True, help="By how much tensors changed; reads those that did.")
 @common
 @pass_session
-def diff(session: Session, a: str, b: str, exit_code: bool) -> int:
-    """Compare two versions: files and metadata. Marks: + added, - removed, ~ changed, from A to B.
+def diff(session: Session, a: str, b: str, exit_code: bool, stat: bool) -> int:
+    """Compare two versions: files, their tensors, and metadata. Marks: + added, - removed, ~ changed, from A to B.
 
     Both may name the same folder or file, as in 'diff digits:v1/logs digits:v2/logs': then only that is compared.
     """
@@ -277,8 +316,17 @@ def diff(session: Session, a: str, b: str, exit_code: bool) -> int:
     entries = [entry for entry in _entries(found) if _within(entry[1], before.path)]
     metadata = {} if before.path else dict(found.metadata)
     differs = bool(entries or metadata)
-    session.emit(_diff_value(before, after, entries, metadata), lambda: _diff_text(entries, metadata))
+    tensors = {path: _tensor_changes(before, after, path, stat) for mark, path, *_ in entries if mark == "~"}
+    session.emit(_diff_value(before, after, entries, metadata, tensors), lambda: _diff_text(entries, metadata, tensors))
     return 1 if differs and exit_code else 0
+
+
+def _tensor_changes(before: Version, after: Version, path: str, stat: bool) -> list[TensorChange]:
+    """What became of the tensors of a changed file; nothing for one that has none."""
+    try:
+        return before.diff_tensors(after, path, stat=stat)
+    except InvalidInputError:
+        return []
 
 
 _Entry = tuple[str, str, str, "Asset | None", "Asset | None"]
@@ -311,23 +359,48 @@ def _line(mark: str, path: str, sizes: str) -> str:
     return click.style(f"{mark} {clean(path)}", fg=_COLOURS[mark]) + f"  {sizes}"
 
 
-def _diff_text(entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> str:
+def _diff_text(
+    entries: list[_Entry], metadata: dict[str, tuple[Any, Any]], tensors: dict[str, list[TensorChange]]
+) -> str:
     width = max([len(clean(entry[1])) for entry in entries], default=0)
-    lines = [
-        click.style(f"{mark} {clean(path).ljust(width)}", fg=_COLOURS[mark]) + f"  {sizes}"
-        for mark, path, sizes, _, _ in entries
-    ]
+    lines = []
+    for mark, path, sizes, _, _ in entries:
+        lines.append(click.style(f"{mark} {clean(path).ljust(width)}", fg=_COLOURS[mark]) + f"  {sizes}")
+        changes = tensors.get(path)
+        if changes:
+            lines.append(table([_tensor_row(change) for change in changes]))
     rows = [(f"  {clean(key)}", f"{_given(old)} -> {_given(new)}") for key, (old, new) in metadata.items()]
     if rows:
         lines += ["metadata", table(rows)]
     return "\n".join(lines) or "no difference"
 
 
+def _tensor_row(change: TensorChange) -> tuple[str, ...]:
+    a, b, stat = change.before, change.after, change.stat
+    mark = {"added": "+", "removed": "-"}.get(change.kind, "~")
+    shown = a or b
+    assert shown is not None
+    what = f"{shown.dtype} {_shape(shown)}"
+    if a and b and change.kind in ("dtype", "shape"):
+        what = f"{what} -> {b.dtype} {_shape(b)}"
+    if stat is None:
+        return f"    {mark} {clean(change.name)}", what, ""
+    figures = f"L2 {stat.l2:.3g} ({stat.relative:.2%})  max {stat.max:.3g}  cosine {stat.cosine:.6f}"
+    odd = [f"{word} {old} -> {new}" for word, (old, new) in (("NaN", stat.nan), ("Inf", stat.inf)) if old or new]
+    return f"    {mark} {clean(change.name)}", what, "  ".join([figures, *odd])
+
+
 def _given(item: Any) -> str:
     return "(none)" if item is None else value(item)
 
 
-def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+def _diff_value(
+    a: Version,
+    b: Version,
+    entries: list[_Entry],
+    metadata: dict[str, tuple[Any, Any]],
+    tensors: dict[str, list[TensorChange]],
+) -> dict[str, Any]:
     from mandapa.cli.values import asset_value
 
     def of(mark: str) -> list[dict[str, Any]]:
@@ -342,7 +415,25 @@ def _diff_value(a: Version, b: Version, entries: list[_Entry], metadata: dict[st
         "removed": of("-"),
         "changed": changed,
         "metadata": {key: {"before": old, "after": new} for key, (old, new) in metadata.items()},
+        "tensors": {path: [_change_value(change) for change in found] for path, found in tensors.items() if found},
     }
+
+
+def _change_value(change: TensorChange) -> dict[str, Any]:
+    stat = change.stat
+    figures = None if stat is None else {name: _finite(getattr(stat, name)) for name in stat.__dataclass_fields__}
+    return {
+        "name": change.name,
+        "kind": change.kind,
+        "before": change.before and _tensor_value(change.before),
+        "after": change.after and _tensor_value(change.after),
+        "stat": figures,
+    }
+
+
+def _finite(item: Any) -> Any:
+    """JSON has neither NaN nor infinities: they are strings, as in metadata."""
+    return str(item) if isinstance(item, float) and not math.isfinite(item) else item
 
 
 @click.command()

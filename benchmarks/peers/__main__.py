@@ -18,6 +18,8 @@ sys.path[:1] = [str(HERE), str(HERE.parent)]
 
 def main() -> None:
     """Make the series, measure, print, write."""
+    if sys.platform != "linux":
+        raise SystemExit("these benchmarks look into /proc: they need Linux")
     import machine
     import plots
     import report

@@ -114,9 +114,9 @@ def child(job: list[str], options: Options, home: Path | None = None) -> tuple[d
         watch.close()
         if process.wait():
             errors.seek(0)
-            said = errors.read().strip()
-            print(said, file=sys.stderr)
-            raise RuntimeError(f"it failed: {said.splitlines()[-1]}")
+            why = errors.read().strip()
+            print(why, file=sys.stderr)
+            raise RuntimeError(f"it failed: {why.splitlines()[-1]}")
     return json.loads(said.splitlines()[-1]), watch.peak
 
 

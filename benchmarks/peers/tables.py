@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -145,6 +144,3 @@ TABLES = {
     ),
 }
 """By name, in the order of the page."""
-
-if sys.platform != "linux":
-    raise SystemExit("these benchmarks look into /proc: they need Linux")

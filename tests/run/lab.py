@@ -26,7 +26,7 @@ from mandapa.run.directory import RunDirectory
 from mandapa.run.status import look
 from mandapa.testing.server import Server
 
-__all__ = ["Gate", "Lab", "contents", "remove", "steps", "until"]
+__all__ = ["Gate", "Lab", "contents", "give_back", "remove", "steps", "until"]
 
 
 def until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
@@ -200,6 +200,7 @@ class Lab:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         until(lambda: not self.at_work())
+        give_back(self.folder)
 
     # -- what is stored
 
@@ -243,6 +244,14 @@ def say(*words):
     print(*words, flush=True)
 
 """
+
+
+def give_back(folder: Path) -> None:
+    """The memory of runs that nobody goes on with."""
+    for known in folder.rglob("rank*.slots"):
+        for slot in json.loads(known.read_bytes())["slots"]:
+            with contextlib.suppress(OSError):
+                os.unlink(slot)
 
 
 def remove(folder: Path) -> None:

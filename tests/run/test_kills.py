@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 from click.testing import CliRunner
+from lab import give_back
 
 from mandapa.cli import main
 from mandapa.errors import InvalidInputError, NotFoundError
@@ -83,6 +84,7 @@ def folder(place):
     yield place
     while left := [int(name) for name in os.listdir("/proc") if name.isdecimal() and str(place) in command(name)]:
         kill(*left)
+    give_back(place)
 
 
 class Place:

@@ -66,6 +66,7 @@ def sync(session: Session, directory: str, timeout: float | None) -> None:
     stopped at any moment and called again. What W&B has recorded offline, 'wandb sync' sends.
     """
     from mandapa.run.directory import RunDirectory
+    from mandapa.run.ring import remove_free
     from mandapa.run.status import look
 
     failure: Exception | None = None
@@ -73,6 +74,8 @@ def sync(session: Session, directory: str, timeout: float | None) -> None:
         before = look(run)
         if not before.committed:
             _sync(run, timeout, sum(backend.pending_bytes for backend in before.backends))
+        for rank in run.ranks():
+            remove_free(run, rank)
         after = look(run)
         session.emit(_value(after), lambda after=after: _text(after))  # type: ignore[misc]
         if not after.committed:
@@ -206,6 +209,9 @@ def _text(run: RunStatus) -> str:
         lines += [f"    W&B has none of it yet: wandb sync {_near(folder)}" for folder in backend.unsent]
         if backend.error:
             lines.append(f"    last error: {clean(backend.error)}")
+    if run.memory_bytes:
+        held = f", {count(run.held, 'checkpoint')} not on the disk yet" if run.held else ""
+        lines.append(f"  {size(run.memory_bytes)} of memory to hand checkpoints over{held}")
     if not run.committed and not run.uploading:
         lines.append(f"  nobody is committing this: mandapa sync {_near(run.path)}")
     return "\n".join(lines)

@@ -33,7 +33,7 @@ _PROTOCOL = 2  # of the pickles of torch.save
 _DEVICES = ("cpu", "cuda")
 _PART = 8 << 20  # bytes that a thread copies at a time
 _THREADS = 4
-_PARTS_OF_BYTES = ("F4", "F6")  # how the names of types begin of which several elements share a byte
+_PARTS_OF_BYTES = ("F4", "F6_E2M3", "F6_E3M2")  # types of which several elements share bytes
 
 
 class Capture:
@@ -273,7 +273,7 @@ def _of_arrays(state: Any) -> Capture | None:
     for name, facts in found.items():
         array = arrays[name]
         piece = _bytes_of_tensor(made, array) if kind == "torch" else _bytes_of_array(made, array)
-        if piece is None or facts["dtype"].startswith(_PARTS_OF_BYTES):
+        if piece is None or facts["dtype"] in _PARTS_OF_BYTES:
             return None
         start, end = end, end + len(piece)
         header[name] = {"dtype": facts["dtype"], "shape": list(array.shape), "data_offsets": [start, end]}

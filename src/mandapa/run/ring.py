@@ -235,7 +235,7 @@ def _make_file(path: str, size: int) -> None:
 def remove_free(directory: RunDirectory, rank: int) -> None:
     """Remove the slots of a rank that is not being trained, as far as nothing is in them that is in no file."""
     lock = directory.rank_lock(rank)
-    if not lock.take():
+    if not os.path.exists(_list_of(directory, rank)) or not lock.take():
         return  # its next trainer goes on with them
     try:
         kept = []

@@ -10,8 +10,9 @@ from mandapa.run.backend import WANDB
 from mandapa.run.batches import Feed
 from mandapa.run.committer import size_of, waits
 from mandapa.run.directory import RunDirectory, read_json
-from mandapa.run.journal import ENTRIES, JournalReader
+from mandapa.run.journal import ENTRIES, CheckpointEntry, JournalReader
 from mandapa.run.progress import Progress
+from mandapa.run.ring import is_held, memory_of
 from mandapa.run.uploader import saved_backends
 
 __all__ = ["BackendStatus", "RunStatus", "is_unsent", "look"]
@@ -50,6 +51,10 @@ class RunStatus:
     uploading: bool
     """Whether an uploader is at work."""
     backends: tuple[BackendStatus, ...]
+    memory_bytes: int = 0
+    """Of the machine, in which states are handed over."""
+    held: int = 0
+    """Checkpoints in it that are in no file yet: they would not survive a restart of the machine."""
 
     @property
     def committed(self) -> bool:
@@ -103,6 +108,7 @@ def look(directory: RunDirectory) -> RunStatus:
                 unsent=_unsent(directory, key) if value["store"] == WANDB else (),
             )
         )
+    files = [f for entries in feed.entries.values() for e in entries if isinstance(e, CheckpointEntry) for f in e.files]
     return RunStatus(
         run=directory.name,
         path=directory.path,
@@ -110,6 +116,8 @@ def look(directory: RunDirectory) -> RunStatus:
         live=live,
         uploading=uploading,
         backends=tuple(backends),
+        memory_bytes=sum(memory_of(directory, rank) for rank in directory.ranks()),
+        held=sum(is_held(directory, file) for file in files),
     )
 
 

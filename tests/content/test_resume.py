@@ -75,13 +75,22 @@ def interrupted(repo, store, rows, out, requests=4):
     return part
 
 
+def there(repo, rows, part):
+    """Bytes of the chunks that a part has; chunks of other containers may lack in between."""
+    data, at, found = part.read_bytes(), 0, 0
+    for piece in pieces_of(rows[0], NodeReader(repo.store).load):
+        found += piece.raw * (data[at : at + piece.raw] == DATA[at : at + piece.raw])
+        at += piece.raw
+    repo.store.reset()
+    return found
+
+
 @pytest.mark.parametrize("threads", [0, 1, 4])
 def test_what_was_written_is_not_fetched_again(repo, store, rows, out, threads):
     """After an error a part stays, and the next download fetches the rest; progress and result say so."""
     part = interrupted(repo, store, rows, out)
-    had = part.stat().st_size
-    assert had >= 16 * MIB
-    assert tree(out) == {part.name: DATA[:had]}
+    had = there(repo, rows, part)
+    assert had >= 4 * MIB
     done = []
     result = repo.get(rows, out, threads=threads, progress=done.append)
     assert tree(out) == {"big": DATA}
@@ -101,8 +110,10 @@ def test_again_and_again(repo, store, rows, out):
             break
         except StorageError:
             [part] = out.rglob("*.part")
-            assert part.stat().st_size > had
-            had = part.stat().st_size
+            store.left = 1
+            now = there(repo, rows, part)
+            assert now > had
+            had = now
     assert tree(out) == {"big": DATA}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -418,8 +419,10 @@ class _Download:
                 target.fd, target.temp, target.part = fd, name, True
                 self._begun.add(target)
                 return True
-        except OSError:
-            pass
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:  # a file system without locks: no parts there
+                with suppress(OSError):
+                    os.unlink(name, dir_fd=folder)
         os.close(fd)
         return False
 
@@ -444,7 +447,10 @@ class _Download:
             self.result.resumed += there
         target.left = sum(lacking)
         if not target.left:
-            self._finish(target)
+            try:
+                self._finish(target)
+            except OSError as error:
+                raise explain_write(error, f"{target.folder.path}/{target.name}") from error
         if self._progress is not None and there:
             self._progress(there)
         return compress(items, lacking)

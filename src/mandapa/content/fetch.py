@@ -18,7 +18,7 @@ from mandapa.errors import CorruptionError
 from mandapa.format.keys import container_key
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Request", "Room", "Wave", "fly", "read_pieces", "windows"]
+__all__ = ["Request", "Room", "Wave", "chain_size", "fly", "read_pieces", "windows"]
 
 _WINDOW_BYTES = 8 << 20
 _WINDOW_PIECES = 4096
@@ -57,7 +57,7 @@ class Room:
         """Whether the piece fits; if not, a new window begins with it."""
         size = _size(piece)
         beside = piece.base is not None and piece.base == self._base
-        chain = size if piece.base is None else sum([_size(one) for one in piece.chain()])
+        chain = chain_size(piece)
         self._base = piece.base or piece
         self._size += size
         self._chain += size if beside else chain
@@ -299,6 +299,11 @@ def read_pieces(
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def chain_size(piece: Piece) -> int:
+    """Bytes of memory that it takes to have a chunk, bases included."""
+    return _size(piece) if piece.base is None else sum([_size(one) for one in piece.chain()])
 
 
 def _size(piece: Piece) -> int:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import msgspec
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.fetch import Wave, windows
+from mandapa.content.fetch import Wave, chain_size, windows
 from mandapa.content.index import Piece
 from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
@@ -27,6 +27,7 @@ __all__ = ["AssetFile"]
 
 _KEPT = 32 << 20  # bytes of decoded chunks that stay at hand, at least two chunks
 _WINDOW = 8 << 20  # bytes that are fetched at a time
+_AHEAD = 96 << 20  # bytes that may be fetched ahead at a time, bases of deltas included
 _MOVES = 3
 
 _Chunks: TypeAlias = dict[int, Buffer]
@@ -256,9 +257,14 @@ class AssetFile(io.RawIOBase):
             return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="mandapa-ahead")
+        size = 0
         for at in range(begin, stop, _WINDOW):
             spans = self._layout.chunks(at, min(at + _WINDOW, stop))
             spans = [span for span in spans if span[0] not in self._ahead and span[0] not in self._kept]
+            size += sum([chain_size(piece) for _, piece in spans])
+            if size > _AHEAD:
+                stop = at
+                break
             if spans:
                 self._ahead.update(dict.fromkeys([start for start, _ in spans], self._pool.submit(self._fetch, spans)))
         self._ahead_end = stop

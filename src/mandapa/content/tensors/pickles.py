@@ -18,13 +18,13 @@ from mandapa.content.tensors.dtypes import ITEM_SIZES, TORCH_STORAGES
 
 __all__ = ["DIMENSIONS_MAX", "BadPickle", "Opaque", "Storage", "View", "named_tensors", "read_pickle"]
 
-STEPS_MAX = 2_000_000
+STEPS_MAX = 1_500_000
 """Instructions of one pickle; about 33 make a tensor."""
 
 DIMENSIONS_MAX = 64
 
 _DEPTH_MAX = 64
-_NAMED_MAX = 300_000  # tensors and containers
+_NAMED_MAX = 200_000  # tensors and containers
 _NAME_MAX = 2048  # characters
 _NAMES_MAX = 16 << 20  # characters of all names together
 

@@ -21,7 +21,8 @@ from mandapa.errors import InvalidInputError
 
 __all__ = ["Structure", "TensorPlace", "read_structure", "tensors_of"]
 
-NUMPY_MAGIC = b"\x93NUMPY"
+_ARCHIVES_MAX = 16_384  # tensors of a .distcp file
+_NUMPY_MAGIC = b"\x93NUMPY"
 _NUMPY_HEADER = re.compile(
     rb"\{'descr': '([<>|=])([a-zA-Z]\d+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
@@ -110,7 +111,7 @@ def _read(source: Source, names: Collection[str] | None = None) -> Structure:
     try:
         if head[:4] == b"PK\x03\x04":
             kind, found = _archives(source, names, lost)
-        elif head[:6] == NUMPY_MAGIC:
+        elif head[:6] == _NUMPY_MAGIC:
             kind, found = "npy", _one(_array(source, "0", 0, source.size, None), lost)
         elif head[8:] == b"{":
             kind, found = "safetensors", list(_safetensors(source, 8 + int.from_bytes(head[:8], "little"), lost))
@@ -180,6 +181,8 @@ def _archives(source: Source, names: Collection[str] | None, lost: dict[str, str
         if not archives and archive.start and isinstance(source, RangeReader):
             source.want_small()
         archives.append(archive)
+        if len(archives) > _ARCHIVES_MAX:
+            raise _Unreadable(f"it consists of more than {_ARCHIVES_MAX} archives")
     archives.reverse()
     if len(archives) == 1:
         members = _Members(source, archives[0])
@@ -296,7 +299,7 @@ def _array(source: Source, name: str, start: int, end: int, member: tuple[int, i
     """The array of one .npy file that is in ``[start, end)``; or why it cannot be read."""
     head = bytes(read_some(source, start, min(_NUMPY_HEADER_MAX, end - start)))
     wide = head[6:7] in (b"\x02", b"\x03")
-    if head[:6] != NUMPY_MAGIC or (not wide and head[6:7] != b"\x01") or len(head) < 12:
+    if head[:6] != _NUMPY_MAGIC or (not wide and head[6:7] != b"\x01") or len(head) < 12:
         raise _Unreadable("it has an array without the header that NumPy writes")
     begin = 12 if wide else 10
     length = int.from_bytes(head[8:begin], "little")

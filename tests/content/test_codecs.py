@@ -62,6 +62,17 @@ def test_any_buffer(effort: str, kind: type) -> None:
     assert decode(codec, bytearray(stored), 100_000) == LOG[:100_000]
 
 
+@pytest.mark.parametrize("effort", ["fast", "planes", "dense"])
+def test_a_chunk_may_start_anywhere(effort: str) -> None:
+    """Chunks are views of mapped files: their first byte is where no number of more than one byte may stand."""
+    numbers = array("f", (i * 0.37 + (i % 7) * 1e-3 for i in range(40_000))).tobytes()
+    before = array("f", (i * 0.37 for i in range(40_000))).tobytes()
+    for start in (1, 2, 3):
+        view, base = memoryview(bytes(start) + numbers)[start:], memoryview(bytes(start) + before)[start:]
+        found = encode(view, effort, [lambda base=base: base])
+        assert decode(found.codec, found.stored, len(view), base if found.codec == DELTA else None) == numbers
+
+
 def test_views_of_other_formats() -> None:
     """A view of floats is the bytes of the floats."""
     data = memoryview(array("f", [1.5] * 5000))

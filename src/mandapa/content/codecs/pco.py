@@ -58,6 +58,8 @@ def _coded(numbers: np.ndarray[Any, Any]) -> bytes:
     if not len(numbers):
         return b""
     config = ChunkConfig(compression_level=_LEVEL, delta_spec=DeltaSpec.no_op(), enable_8_bit=True)
+    # A chunk may start at any byte of a mapped file; pcodec takes only what is aligned.
+    numbers = numbers if numbers.flags.aligned else numbers.copy()
     coded: bytes = standalone.simple_compress(numbers, config)
     return coded
 

@@ -45,7 +45,7 @@ def test_the_peers_benchmark_prints_its_tables(tmp_path: Path) -> None:
     """With series of next to nothing it says nothing of speed; every tool that is there restores what it was given."""
     pytest.importorskip("torch")
     page, tables = tmp_path / "README.md", ("adam", "frozen", "folder", "codecs", "decode", "link")
-    tools = ("cp and fsync", "obstore put", "mandapa", "mandapa, dense")
+    tools = ("cp and fsync", "obstore put", "mandapa", "mandapa, raw", "mandapa, dense")
     page.write_text("".join(f"<!-- {name} -->\nnothing yet\n<!-- /{name} -->\n" for name in ("targets", *tables)))
     folder = Path(__file__).parents[1] / "benchmarks" / "peers"
     asked = [("--table", name) for name in tables] + [("--tool", name) for name in tools]

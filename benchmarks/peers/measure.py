@@ -17,7 +17,7 @@ from typing import Any
 
 from worker import TOOLS
 
-PATIENCE = 12.0
+PATIENCE = 5.0
 """Seconds; a tool that takes more is measured in the first round only."""
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save
 
 import mandapa
+from mandapa.content.tensors.stats import as_floats
 from mandapa.errors import InvalidInputError, NotFoundError
 from mandapa.object_store import MemoryObjectStore
 from mandapa.repository.repository import Repository
-from mandapa.repository.tensors import _fp8_table
 from mandapa.testing.faults import CountingObjectStore
 
 MIB = 1 << 20
@@ -199,8 +199,12 @@ def test_all_types_are_measured(repo: Repository, dtype: torch.dtype) -> None:
     assert change.stat.l2 == pytest.approx(float((wide[1] - wide[0]).norm()))
 
 
-@pytest.mark.parametrize(("name", "shape"), [("float8_e4m3fn", (4, 3, 7)), ("float8_e5m2", (5, 2, 15))])
-def test_values_of_eight_bit_floats(name: str, shape: tuple[int, int, int]) -> None:
-    """All 256 as torch has them."""
-    expected = torch.arange(256, dtype=torch.uint8).view(getattr(torch, name)).double().numpy()
-    assert np.array_equal(_fp8_table(*shape), expected, equal_nan=True)
+@pytest.mark.parametrize(
+    "dtype",
+    ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "bfloat16", "float16"],
+)
+def test_values_of_small_floats(dtype: str) -> None:
+    """All of them as torch has them."""
+    codes = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16 if "16" in dtype else torch.uint8)
+    expected = codes.view(getattr(torch, dtype)).double().numpy()
+    assert np.array_equal(as_floats(codes.numpy().tobytes(), dtype), expected, equal_nan=True)

@@ -192,6 +192,11 @@ class RangeReader:
         small = [span for span in self.layout.chunks(0, self.size) if span.piece.raw < _SMALL]
         self._keep(_within(small[::-1], _KEPT // 2))
 
+    def forget(self) -> None:
+        """Keep no chunks, only where they are."""
+        self._kept.clear()
+        self._kept_bytes = 0
+
     def fill(self, targets: Sequence[Target]) -> None:
         """Copy each range to its place, straight from where its chunks were decoded; each chunk is fetched once.
 
@@ -214,8 +219,8 @@ class RangeReader:
         for span, value in self._fetched(missing):
             self._kept[span.start] = value
             self._kept_bytes += len(value)
-        while self._kept_bytes > _KEPT and len(self._kept) > 1:
-            self._kept_bytes -= len(self._kept.popitem(last=False)[1])
+            while self._kept_bytes > _KEPT and len(self._kept) > 1:
+                self._kept_bytes -= len(self._kept.popitem(last=False)[1])
 
     def _fetched(self, items: dict[int, _Item]) -> Iterator[tuple[Span, Buffer]]:
         """The chunks that were asked for, after threads copied them to their targets."""

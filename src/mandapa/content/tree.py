@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from mandapa.errors import CorruptionError
 from mandapa.format.keys import container_key
@@ -21,7 +21,7 @@ from mandapa.format.manifest import (
     decode_node,
     node_digest,
 )
-from mandapa.object_store.base import ObjectStore
+from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["Located", "NodeReader", "Tree", "child_address", "differences", "last_at_most", "same_asset"]
 
@@ -55,13 +55,34 @@ class NodeReader:
             NotFoundError: Its container is not there (any more).
             CorruptionError: The bytes are not the node's.
         """
+        return self.load_from(self._store, address)
+
+    def load_from(self, store: ObjectStore, address: NodeAddress) -> Node:
+        """The same, fetched from ``store``, which is the reader's own or stands before it."""
         node = self._nodes.get(address.hash)
         if node is None:
             key = container_key(address.container)
-            [stored] = self._store.get_ranges(key, [(address.offset, address.stored)])
+            [stored] = store.get_ranges(key, [(address.offset, address.stored)])
             node = decode_node(stored, address.hash, key=key)
             self.remember(address.hash, node)
         return node
+
+    def approach(self, address: NodeAddress, before: int) -> ObjectStore:
+        """The store to go on with from the node at ``address``, which is loaded. One request, or none if it was known.
+
+        That request takes ``before`` bytes in front of the node along, where its commit put lists of chunks and small
+        chunks; what is asked for in them costs nothing then. Raises as `load`.
+        """
+        if address.hash in self._nodes:
+            return self._store
+        start = max(0, address.offset - before)
+        length = address.offset + address.stored - start
+        key = container_key(address.container)
+        [data] = self._store.get_ranges(key, [(start, length)])
+        # Of a store only reading ranges is asked here.
+        near = cast("ObjectStore", _Near(self._store, key, start, data))
+        self.load_from(near, address)
+        return near
 
     def digest(self, address: NodeAddress) -> bytes:
         """The logical digest of a leaf or branch."""
@@ -82,6 +103,22 @@ class NodeReader:
         self._nodes[hash_] = node
         if self._on_leaf is not None and not isinstance(node, Branch):
             self._on_leaf(node)
+
+
+class _Near:
+    """A store to read ranges from, with a part of one object at hand."""
+
+    def __init__(self, store: ObjectStore, key: str, start: int, data: Buffer) -> None:
+        self._store = store
+        self._key = key
+        self._start = start
+        self._data = memoryview(data)
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        near = [(offset - self._start, length) for offset, length in ranges]
+        if key == self._key and all(at >= 0 and at + length <= len(self._data) for at, length in near):
+            return [self._data[at : at + length] for at, length in near]
+        return self._store.get_ranges(key, ranges)
 
 
 def child_address(row: ChildRow | PartAddress, table: Sequence[bytes]) -> NodeAddress:

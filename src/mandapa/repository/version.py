@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -27,11 +28,14 @@ from mandapa.repository.state import ArtifactState, VersionState, parse_time
 if TYPE_CHECKING:
     from mandapa.content.tensors.arrays import Frameworks
     from mandapa.repository.artifact import Artifact
-    from mandapa.repository.tensors import Tensor, TensorChange
+    from mandapa.repository.tensors import TensorChange, Tensors
 
 __all__ = ["Asset", "Diff", "Version", "address_of", "relabel", "root_of"]
 
 _T = TypeVar("_T")
+
+_BEFORE_ROOT = 96 << 10
+"""Bytes that are read with a root node: the lists of about 1,000 chunks stand there, and small chunks."""
 
 
 def root_of(root: Root) -> NodeAddress:
@@ -355,20 +359,20 @@ class Version:
         )
         return io.BufferedReader(raw, 128 << 10)
 
-    def tensors(self, path: str) -> Mapping[str, Tensor]:
+    def tensors(self, path: str) -> Tensors:
         """The tensors of a file by name, in the order of their bytes; only its structure is read, nothing unpickled.
 
-        Safetensors, torch zips (``torch.save``), ``.distcp`` files, ``.npz`` and ``.npy``. Two round trips, three where
-        the file has more than 64 chunks.
+        Safetensors, torch zips (``torch.save``), ``.distcp`` files, ``.npz`` and ``.npy``; a file's bytes say what it
+        is, not its name. Two round trips; of a ``.npz`` the first chunk of each array is read.
 
         Raises:
             NotFoundError: No such asset, or the version was deleted.
             InvalidInputError: The file cannot be read by tensors; says why.
             CorruptionError: Stored bytes are not what was written.
         """
-        from mandapa.repository.tensors import list_tensors
+        from mandapa.repository.tensors import Tensors
 
-        return list_tensors(self, path)
+        return Tensors(self, path)
 
     def load_tensors(
         self,
@@ -380,12 +384,13 @@ class Version:
     ) -> dict[str, Any]:
         """Tensors of a file, to the bit, by range reads; nothing is unpickled.
 
-        All new arrays share one allocation. One tensor of a large file costs three round trips, and its bytes and less
-        than 256 KiB, or a 4 MiB chunk where it shares one.
+        All new arrays share one allocation, which stays as long as any of them does. One tensor of a large file costs
+        three round trips, and its own bytes and less than 256 KiB; more for one that shares its chunk with others, and
+        where a list of more than about 1,000 chunks has to be found first.
 
         Args:
             path: Of the file.
-            names: Which; None: all.
+            names: Which; None: all, or those of ``into``.
             framework: ``numpy`` (bf16 and fp8 need ml_dtypes) or ``torch`` (on the CPU).
             into: Arrays to fill instead of new ones, by name: in C order, of the tensor's dtype and shape.
 
@@ -400,9 +405,10 @@ class Version:
         return load_tensors(self, path, names, framework, into)
 
     def diff_tensors(self, other: Version, path: str, *, stat: bool = False) -> list[TensorChange]:
-        """Which tensors of a file, or of what it is in ``other``, differ there, by name.
+        """Which tensors of a file, or of what it is in ``other``, differ there; sorted by name.
 
-        Tensors whose chunks are equal are not read; others are, block by block.
+        Where the hashes of chunks tell, nothing is read but structure; small tensors that share a chunk are compared.
+        With ``stat`` those that changed are read, a million elements at a time (a strided view as a whole).
 
         Args:
             other: A version of the same repository.
@@ -410,25 +416,35 @@ class Version:
             stat: Whether to say by how much.
 
         Raises:
-            As `load_tensors`.
+            NotFoundError: No such asset in one of them, or it was deleted.
+            InvalidInputError: One of the files cannot be read by tensors; says why.
+            CorruptionError: Stored bytes are not what was written.
         """
         from mandapa.repository.tensors import compare_tensors
 
         return compare_tensors(self, other, path, stat=stat)
 
-    def with_file(self, path: str, read: Callable[[RangeReader], _T]) -> _T:
-        """What ``read`` makes of a file, again from the start where a repack moved it."""
+    def ranges(self, path: str) -> RangeReader:
+        """A file for reads at many places, a few round trips for all; for the layers of this package.
+
+        Raises:
+            NotFoundError: No such asset, or the version was deleted.
+            InvalidInputError: The asset is a URL, or a folder.
+        """
+        repo = self._repo
         while True:
-            located = self._file(path)
-            repo = self._repo
             try:
-                return read(
-                    RangeReader(
-                        located, store=repo.store, load=repo.reader.load, cache=repo.cache, threads=repo.threads
-                    )
-                )
+                store = repo.reader.approach(root_of(self._state.root), _BEFORE_ROOT)
+                break
             except NotFoundError as error:
                 self.follow(error)
+        return RangeReader(
+            self._file(path),
+            store=store,
+            load=partial(repo.reader.load_from, store),
+            cache=repo.cache,
+            threads=repo.threads,
+        )
 
     def _file(self, path: str) -> Located:
         located = self.reading(lambda tree: tree.get(path))

@@ -69,7 +69,7 @@ def test_a_chunk_may_start_anywhere(effort: str) -> None:
     before = array("f", (i * 0.37 for i in range(40_000))).tobytes()
     for start in (1, 2, 3):
         view, base = memoryview(bytes(start) + numbers)[start:], memoryview(bytes(start) + before)[start:]
-        found = encode(view, effort, [lambda base=base: base])
+        found = encode(view, effort, [base])
         assert decode(found.codec, found.stored, len(view), base if found.codec == DELTA else None) == numbers
 
 

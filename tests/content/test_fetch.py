@@ -58,7 +58,7 @@ class Store:
 
     def delta(self, container, raw, base, of):
         """A chunk as the writer makes it of a base: one that is smaller for it."""
-        made = encode(raw, "dense", [lambda: of])
+        made = encode(raw, "dense", [of])
         assert made.codec == DELTA
         return self.add(container, raw, DELTA, bytes(made.stored), base)
 

@@ -15,15 +15,15 @@ from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.codecs import ZSTD, Encoded, encode
+from mandapa.content.codecs import ZSTD, Encoded
 from mandapa.content.cutters import Source
-from mandapa.content.fetch import Wave
+from mandapa.content.encoding import Encoder, New
 from mandapa.content.index import Index, Piece, piece_of
 from mandapa.content.link import Link, Mode
 from mandapa.digest import Hasher, digest
-from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
+from mandapa.errors import InvalidInputError
 from mandapa.format.keys import container_key
-from mandapa.format.manifest import BASES_MAX, Chunk, FileRow, Leaf, NodeAddress, Part
+from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, TRAILER_SIZE, PackEntry, pack_footer
 from mandapa.format.strict import CONTAINER_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
@@ -293,15 +293,11 @@ class Placer:
         cache: ChunkCache | None,
         threads: int,
     ) -> None:
-        self._store = store
         self._packer = packer
         self._index = index
-        self._mode: Mode = mode
-        self._link = link
-        self._cache = cache
-        self._threads = threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._workers = min(threads, cores)
+        self._encoder = Encoder(store, mode=mode, link=link, cache=cache, cores=self._workers, puts=threads)
         self._pool: ThreadPoolExecutor | None = None
         self._buffers: list[bytearray] = []
         self.placed: dict[bytes, Chunk] = {}
@@ -353,7 +349,7 @@ class Placer:
 
     def encode(self, data: Buffer, hash_: bytes) -> Chunk:
         """Encode and store a chunk that was not found; its ``hash`` field is empty."""
-        encoded, base = self._encode(memoryview(data), hash_, None)
+        [(encoded, base)] = self._encoder.encode([New(hash_, memoryview(data))])
         return self._add(hash_, len(data), encoded, base)
 
     def _add(self, hash_: bytes, raw: int, encoded: Encoded, base: Piece | None) -> Chunk:
@@ -465,39 +461,16 @@ class Placer:
         unknown = [hash_ for hash_ in hashes if hash_ not in placed and hash_ not in found]
         if unknown:
             found.update(self._find(unknown))
-        result = []
-        seen: set[bytes] = set()
+        new: dict[bytes, New] = {}
         for hash_, chunk, old in zip_longest(hashes, chunks, batch.old):
-            if hash_ in found or hash_ in seen or hash_ in placed:
-                result.append(_Taken(hash_, len(chunk), None, None, found.get(hash_)))
-            else:
-                seen.add(hash_)
-                result.append(_Taken(hash_, len(chunk), *self._encode(chunk, hash_, old), None))
+            if hash_ not in found and hash_ not in placed:
+                new.setdefault(hash_, New(hash_, chunk, old))
+        encoded = dict(zip(new, self._encoder.encode(list(new.values())), strict=True))
+        result = []
+        for hash_, chunk in zip(hashes, chunks, strict=True):
+            how, base = encoded.pop(hash_, (None, None))
+            result.append(_Taken(hash_, len(chunk), how, base, found.get(hash_)))
         return result
-
-    def _encode(self, chunk: memoryview, hash_: bytes, old: Piece | None) -> tuple[Encoded, Piece | None]:
-        """How a chunk is stored, and the base of that; in any thread."""
-        link = self._link
-        effort = link.effort(self._mode, cores=self._workers, puts=self._threads)
-        bases: Sequence[Piece] = ()
-        if effort == "dense" and old is not None:
-            # Those first that have the fewest bases; one that has two has no room for another.
-            bases = [piece for piece in reversed(old.chain()) if len(piece.chain()) <= BASES_MAX]
-        started = link.clock()
-        encoded = encode(chunk, effort, [partial(self._raw, piece) for piece in bases])
-        link.coded(effort, len(chunk), link.clock() - started)
-        if self._cache is not None and effort in ("planes", "dense"):  # a delta to it may be worth while
-            self._cache.put(hash_, chunk)
-        return encoded, None if encoded.base is None else bases[encoded.base]
-
-    def _raw(self, piece: Piece) -> Buffer | None:
-        """The bytes of a base; None where they are not to be had without waiting for the link, or not at all."""
-        if self._mode == "auto" and not self._link.near:
-            return None if self._cache is None else self._cache.get(piece.hash)
-        try:
-            return Wave(self._store, [piece], lambda _: "the version before", self._cache).all(threads=0)[0]
-        except (NotFoundError, CorruptionError):  # a reader of that version will say so
-            return None
 
     def _settle(self, one: _Taken) -> Chunk:
         chunk = self.placed.get(one.hash)

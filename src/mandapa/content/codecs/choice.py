@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 from mandapa.content.codecs.bf16 import round_to_bf16
@@ -44,8 +44,8 @@ _SAMPLE_PARTS = 4
 _PLANES_KEPT = 0.95
 """Planes, and numbers, are worth their decoding when at most this is left."""
 
-_DELTA_KEPT = 0.9
-"""A delta makes readers fetch its base, too: it has to be that much smaller than the chunk alone."""
+_DELTA_KEPT = 0.98
+"""A delta makes readers fetch its base, too: it has to be smaller than the chunk alone by more than chance."""
 
 _NEAR = 1.2
 """A base with fewer bases below it is taken when the delta is at most this much larger than the smallest: the next
@@ -65,7 +65,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    data: Buffer, effort: Effort, bases: Sequence[Callable[[], Buffer | None]] = (), *, master: Buffer | None = None
+    data: Buffer, effort: Effort, bases: Sequence[Buffer | None] = (), *, master: Buffer | None = None
 ) -> Encoded:
     r"""The chunk by the codec that was chosen; decoded again, and found equal, before this returns.
 
@@ -75,8 +75,7 @@ def encode(
         data: The chunk, at most 16 MiB.
         effort: How much work may be done.
         bases: For ``dense``: the raw bytes of chunks of the same length that this one may be a delta to, those first
-            that have the fewest bases themselves; called once, and only where a delta may be worth it. One that
-            gives None or another length is passed over.
+            that have the fewest bases themselves. None, and one of another length, is passed over.
         master: fp32 numbers of which this chunk may be the bf16 copy.
 
     Raises:
@@ -112,7 +111,7 @@ def encode(
     return Encoded(RAW, data)
 
 
-def _dense(view: memoryview, bases: Sequence[Callable[[], Buffer | None]]) -> tuple[Encoded | None, Buffer | None]:
+def _dense(view: memoryview, bases: Sequence[Buffer | None]) -> tuple[Encoded | None, Buffer | None]:
     """The smallest way to store the chunk, as its sample says, and the base's bytes; None where nothing shrinks."""
     if len(view) < _NUMBERS_MIN:
         return _frame(view), None
@@ -123,8 +122,7 @@ def _dense(view: memoryview, bases: Sequence[Callable[[], Buffer | None]]) -> tu
         key=_size,
     )
     deltas: list[tuple[int, int, Buffer]] = []
-    for i, fetch in enumerate(bases):
-        base = fetch()
+    for i, base in enumerate(bases):
         if base is not None and memoryview(base).nbytes == len(view):
             size = len(encode_delta(sample, _sample(memoryview(base).cast("B")), width))
             if size <= _size(alone) * _DELTA_KEPT:

@@ -1,0 +1,97 @@
+"""Chunks on their way to their stored bytes: how much work they may be, and what they may be deltas to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mandapa.content.cache import ChunkCache
+from mandapa.content.codecs import Effort, Encoded, encode
+from mandapa.content.fetch import Wave
+from mandapa.content.index import Piece
+from mandapa.content.link import Link, Mode
+from mandapa.errors import CorruptionError, NotFoundError
+from mandapa.format.manifest import BASES_MAX
+from mandapa.object_store.base import Buffer, ObjectStore
+
+__all__ = ["Encoder", "New"]
+
+
+class New(NamedTuple):
+    """A chunk that is nowhere yet."""
+
+    hash: bytes
+    data: memoryview
+    old: Piece | None = None
+    """The chunk that it, or one of that one's bases, may be a delta to."""
+
+
+class Encoder:
+    """Encodes new chunks; any number of threads may call it at once.
+
+    Args:
+        store: Where bases of deltas are read.
+        mode: How chunks are stored.
+        link: Says how much work they may be in mode ``auto``.
+        cache: Where bases of deltas may be at hand, and where new chunks are put to be such bases; for far stores.
+        cores: Threads that call at once.
+        puts: Puts under way at once.
+    """
+
+    def __init__(
+        self, store: ObjectStore, *, mode: Mode, link: Link, cache: ChunkCache | None, cores: int, puts: int
+    ) -> None:
+        self._store = store
+        self._mode: Mode = mode
+        self._link = link
+        self._cache = cache
+        self._cores = cores
+        self._puts = puts
+
+    @property
+    def spares_floats(self) -> bool:
+        """Whether floats are stored as they are, because the link is faster than any codec."""
+        return self._effort() in ("raw", "fast")
+
+    def encode(self, chunks: Sequence[New]) -> list[tuple[Encoded, Piece | None]]:
+        """How each chunk is stored, and the base of that. One wave of requests for all their bases, or none."""
+        effort = self._effort()
+        dense = effort == "dense"
+        # Those first that have the fewest bases; one that has two has no room for another.
+        bases = [
+            [piece for piece in reversed(one.old.chain()) if len(piece.chain()) <= BASES_MAX]
+            if dense and one.old is not None
+            else []
+            for one in chunks
+        ]
+        raw = self._raw([piece for several in bases for piece in several])
+        result = []
+        for one, several in zip(chunks, bases, strict=True):
+            started = self._link.clock()
+            encoded = encode(one.data, effort, [raw.get(piece) for piece in several])
+            self._link.coded(effort, len(one.data), self._link.clock() - started)
+            if self._cache is not None and effort in ("planes", "dense"):  # a delta to it may be worth while
+                self._cache.put(one.hash, one.data)
+            result.append((encoded, None if encoded.base is None else several[encoded.base]))
+        return result
+
+    def _effort(self) -> Effort:
+        return self._link.effort(self._mode, cores=self._cores, puts=self._puts)
+
+    def _raw(self, pieces: Sequence[Piece]) -> dict[Piece, Buffer]:
+        """The bytes of bases; without those that are not to be had without waiting for the link, or not at all."""
+        found: dict[Piece, Buffer] = {}
+        wanted = list(dict.fromkeys(pieces))
+        if self._mode == "auto" and not self._link.near:
+            for piece in wanted:
+                value = None if self._cache is None else self._cache.get(piece.hash)
+                if value is not None:
+                    found[piece] = value
+            return found
+        wave = Wave(self._store, wanted, lambda _: "the version before", self._cache)
+        for request in wave.requests:
+            try:
+                found.update([(wanted[i], value) for i, value in wave.fetch(request)])
+            except (NotFoundError, CorruptionError):  # a reader of that version will say so
+                continue
+        return found

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from tools import Tool, run_quietly
 
 import mandapa
-from mandapa.content.transfer import pieces_of
+from mandapa.content.fetch import pieces_of
 from mandapa.object_store import LocalObjectStore
 from mandapa.object_store.base import ObjectStore
 from mandapa.repository.repository import Repository

@@ -15,8 +15,8 @@ from restoring import FILES, Repo, noise, tree
 
 from mandapa.content import download as download_module
 from mandapa.content import folders as folders_module
+from mandapa.content.fetch import pieces_of
 from mandapa.content.index import Index
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError

@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mandapa.content.fetch import read_pieces
+from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.index import Index
 from mandapa.content.reader import AssetFile
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.upload import Upload
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError
@@ -178,8 +177,8 @@ def test_reading_on_is_not_more_than_once():
 
 def test_parts_are_loaded_when_needed(monkeypatch):
     """Of a large file's list of chunks, only the part that is read is loaded."""
-    monkeypatch.setattr("mandapa.content.transfer.INLINE_CHUNKS", 3)
-    monkeypatch.setattr("mandapa.content.transfer.PART_CHUNKS", 4)
+    monkeypatch.setattr("mandapa.content.rows.INLINE_CHUNKS", 3)
+    monkeypatch.setattr("mandapa.content.rows.PART_CHUNKS", 4)
     store, located = stored(DATA)
     assert isinstance(located.row, LargeFileRow)
     assert len(located.row.parts) > 10

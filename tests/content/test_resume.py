@@ -15,8 +15,8 @@ import pytest
 from restoring import FILES, MIB, Repo, noise, tree
 
 from mandapa.content import download as download_module
+from mandapa.content.fetch import pieces_of
 from mandapa.content.folders import part_name
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.errors import StorageError
 from mandapa.format.keys import container_key

@@ -13,11 +13,10 @@ from itertools import count
 import pytest
 
 from mandapa.content.codecs import decode
-from mandapa.content.fetch import read_pieces
+from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.index import Index
 from mandapa.content.link import Link
 from mandapa.content.packing import Packer
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.upload import Upload
 from mandapa.content.walk import walk
@@ -471,9 +470,9 @@ def test_a_file_that_shrank(tmp_path, store, new):
 
 @pytest.fixture
 def tiny_parts(monkeypatch):
-    monkeypatch.setattr("mandapa.content.transfer.INLINE_CHUNKS", 3)
-    monkeypatch.setattr("mandapa.content.transfer.PART_CHUNKS", 4)
-    monkeypatch.setattr("mandapa.content.transfer._PART_KEPT", 2)
+    monkeypatch.setattr("mandapa.content.rows.INLINE_CHUNKS", 3)
+    monkeypatch.setattr("mandapa.content.rows.PART_CHUNKS", 4)
+    monkeypatch.setattr("mandapa.content.rows._PART_KEPT", 2)
 
 
 def test_large_files_have_parts(store, new, index, tiny_parts):

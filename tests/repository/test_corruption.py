@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 from mandapa.content.codecs import decode
-from mandapa.content.transfer import pieces_of
+from mandapa.content.fetch import pieces_of
 from mandapa.content.tree import Located, child_address
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError, FormatVersionError, MandapaError, NotFoundError

@@ -17,7 +17,7 @@ from itertools import accumulate, compress, count, islice, repeat
 from typing import NamedTuple
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.fetch import Request, Room, Wave, fly
+from mandapa.content.fetch import Request, Room, Wave, fly, pieces_of
 from mandapa.content.folders import (
     CREATE_FLAGS,
     FOLDERS,
@@ -31,7 +31,6 @@ from mandapa.content.folders import (
 )
 from mandapa.content.index import Index, Piece
 from mandapa.content.parallel import in_order
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.content.walk import Found
 from mandapa.digest import Hasher, digest

@@ -49,7 +49,7 @@ class Encoder:
         self._puts = puts
 
     @property
-    def spares_floats(self) -> bool:
+    def leaves_floats(self) -> bool:
         """Whether floats are stored as they are, because the link is faster than any codec."""
         return self._effort() in ("raw", "fast")
 

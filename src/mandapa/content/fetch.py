@@ -11,14 +11,16 @@ from typing import NamedTuple, TypeVar
 
 from mandapa.content.cache import ChunkCache
 from mandapa.content.codecs import decode
-from mandapa.content.index import Piece
+from mandapa.content.index import Piece, piece_of
 from mandapa.content.parallel import in_order
+from mandapa.content.tree import Located, child_address
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError
 from mandapa.format.keys import container_key
+from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, Part, UrlRow
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Request", "Room", "Wave", "chain_size", "fly", "read_pieces", "windows"]
+__all__ = ["Request", "Room", "Wave", "chain_size", "fly", "pieces_of", "read_pieces", "windows"]
 
 _WINDOW_BYTES = 8 << 20
 _WINDOW_PIECES = 4096
@@ -274,6 +276,33 @@ def fly(
         for _, jobs in waiting:
             for job in jobs:
                 job.cancel()
+
+
+def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator[Piece]:
+    """The chunks of a file's row, in order, each with its container and hash.
+
+    Args:
+        located: The row of a file.
+        load: Reads a node, as `NodeReader.load`; called once for each part of a large file.
+
+    Raises:
+        CorruptionError: A part is not what the row says.
+    """
+    row, table = located
+    if isinstance(row, UrlRow):
+        return
+    if isinstance(row, LargeFileRow):
+        for address in row.parts:
+            part = load(child_address(address, table))
+            if not isinstance(part, Part) or sum([chunk.raw for chunk in part.rows]) != address.raw:
+                raise CorruptionError(f"a part of {row.path!r} is not the one that its row names")
+            for chunk in part.rows:
+                yield piece_of(chunk, chunk.hash, part.containers)
+    elif len(row.chunks) == 1:
+        yield piece_of(row.chunks[0], row.digest, table)
+    else:
+        for chunk in row.chunks:
+            yield piece_of(chunk, chunk.hash, table)
 
 
 def read_pieces(

@@ -7,7 +7,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import partial
@@ -15,7 +15,8 @@ from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.codecs import ZSTD, Encoded
+from mandapa.content.codecs import BF16, ZSTD, Encoded, is_bf16_copy
+from mandapa.content.copies import Copy
 from mandapa.content.cutters import Source
 from mandapa.content.encoding import Encoder, New
 from mandapa.content.index import Index, Piece, piece_of
@@ -23,7 +24,7 @@ from mandapa.content.link import Link, Mode
 from mandapa.digest import Hasher, digest
 from mandapa.errors import InvalidInputError
 from mandapa.format.keys import container_key
-from mandapa.format.manifest import Chunk, FileRow, Leaf, NodeAddress, Part
+from mandapa.format.manifest import BASES_MAX, Chunk, FileRow, Leaf, NodeAddress, Part
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, TRAILER_SIZE, PackEntry, pack_footer
 from mandapa.format.strict import CONTAINER_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
@@ -246,6 +247,8 @@ class Batch(NamedTuple):
     ends: list[int]
     old: Sequence[Piece | None]
     """For each chunk the one that it may be a delta to, or that one's base."""
+    copies: Sequence[Copy | None]
+    """For each chunk what it may be the bf16 copy of."""
     read: Callable[[memoryview], None] | None
     """Fills the buffer, in any thread; None where it is filled."""
 
@@ -260,6 +263,8 @@ class _Taken(NamedTuple):
     base: Piece | None
     """What it was encoded as a delta to."""
     known: Piece | None
+    copy: tuple[Copy, bytes] | None
+    """Where the chunk is a bf16 copy: of what, and the hash of that chunk."""
 
 
 class Placer:
@@ -307,6 +312,11 @@ class Placer:
         self.bad: set[bytes] = set()
         self.codecs: set[int] = set()
         self.hits: set[bytes] = set()
+
+    @property
+    def leaves_floats(self) -> bool:
+        """Whether floats are stored as they are, because the link is faster than any codec."""
+        return self._encoder.leaves_floats
 
     def seed(self, node: Leaf | Part) -> None:
         """Chunks of this node are found from now on, and their containers are inherited."""
@@ -376,18 +386,32 @@ class Placer:
             yield batch
 
     def from_cuts(
-        self, source: Source, path: str, cuts: Sequence[int], start: int, old: Sequence[Piece | None] = ()
+        self,
+        source: Source,
+        path: str,
+        cuts: Sequence[int],
+        start: int,
+        old: Sequence[Piece | None],
+        copies: Mapping[int, Copy],
     ) -> Iterator[Batch]:
         """Batches of the chunks of ``source`` from ``start`` on, which is a cut or 0; read by whoever hashes them.
 
-        ``old`` has a chunk to be a delta to for each of all chunks, or none for any.
+        Args:
+            source: What is stored.
+            path: Its name, for messages.
+            cuts: The ends of its chunks.
+            start: Where the first chunk starts.
+            old: For each chunk, from the first cut on, the one that it may be a delta to.
+            copies: Chunks that may be bf16 copies, by where they start.
         """
         first = bisect_right(cuts, start)
         while first < len(cuts):
             last = max(bisect_right(cuts, start + _BUFFER), first + 1)
             ends = [cut - start for cut in cuts[first:last]]
             buffer = self._begin(ends[-1]).buffer
-            yield Batch(buffer, ends, old[first:last], partial(_read_all, source, path, start, ends[-1]))
+            starts = [start, *cuts[first : last - 1]]
+            read = partial(_read_all, source, path, start, ends[-1])
+            yield Batch(buffer, ends, old[first:last], [copies.get(at) for at in starts], read)
             start = cuts[last - 1]
             first = last
 
@@ -402,14 +426,20 @@ class Placer:
             asset: Is fed with all bytes: what is hashed is what is stored.
         """
         self._map_seeds()
-        placed: list[tuple[bytes, Chunk]] = []
+        placed: list[tuple[bytes, Chunk | None]] = []
+        copies: dict[int, tuple[_Taken, Copy, bytes]] = {}
         waiting: deque[tuple[Batch, Future[list[_Taken]]]] = deque()
 
         def settle() -> None:
             batch, future = waiting.popleft()
             taken = future.result()
             asset.update(memoryview(batch.buffer)[: batch.ends[-1]])
-            placed.extend([(one.hash, self._settle(one)) for one in taken])
+            for one in taken:
+                if one.copy is not None and one.hash not in self.placed:
+                    copies[len(placed)] = one, *one.copy  # its master may come later
+                    placed.append((one.hash, None))
+                else:
+                    placed.append((one.hash, self._settle(one)))
             if len(batch.buffer) == _BUFFER:
                 self._buffers.append(batch.buffer)
 
@@ -422,7 +452,9 @@ class Placer:
                 settle()
         finally:
             wait([future for _, future in waiting])
-        return placed
+        for at, (one, copy, master) in copies.items():
+            placed[at] = one.hash, self._settle_copy(one, copy, master)
+        return [(hash_, chunk) for hash_, chunk in placed if chunk is not None]
 
     def submit(self, work: Callable[..., _T], *args: object) -> Future[_T]:
         """Run in another thread, or at once where there is none."""
@@ -446,8 +478,8 @@ class Placer:
 
     def _begin(self, size: int) -> Batch:
         if size > _BUFFER:
-            return Batch(bytearray(size), [], (), None)
-        return Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [], (), None)
+            return Batch(bytearray(size), [], (), (), None)
+        return Batch(self._buffers.pop() if self._buffers else bytearray(_BUFFER), [], (), (), None)
 
     def _work(self, batch: Batch, known: dict[bytes, Piece]) -> list[_Taken]:
         """Hash chunks, and encode those that nobody knows. In any thread: changes nothing but the batch."""
@@ -462,14 +494,19 @@ class Placer:
         if unknown:
             found.update(self._find(unknown))
         new: dict[bytes, New] = {}
-        for hash_, chunk, old in zip_longest(hashes, chunks, batch.old):
-            if hash_ not in found and hash_ not in placed:
-                new.setdefault(hash_, New(hash_, chunk, old))
+        copies: dict[bytes, tuple[Copy, bytes]] = {}
+        for hash_, chunk, old, copy in zip_longest(hashes, chunks, batch.old, batch.copies):
+            if hash_ in found or hash_ in placed or hash_ in new or hash_ in copies:
+                continue
+            if copy is not None and is_bf16_copy(chunk, master := copy.read_master()):
+                copies[hash_] = copy, digest(master)
+            else:
+                new[hash_] = New(hash_, chunk, old)
         encoded = dict(zip(new, self._encoder.encode(list(new.values())), strict=True))
         result = []
         for hash_, chunk in zip(hashes, chunks, strict=True):
             how, base = encoded.pop(hash_, (None, None))
-            result.append(_Taken(hash_, len(chunk), how, base, found.get(hash_)))
+            result.append(_Taken(hash_, len(chunk), how, base, found.get(hash_), copies.get(hash_)))
         return result
 
     def _settle(self, one: _Taken) -> Chunk:
@@ -480,6 +517,23 @@ class Placer:
             return self.adopt(one.known)
         assert one.encoded is not None
         return self._add(one.hash, one.raw, one.encoded, one.base)
+
+    def _settle_copy(self, one: _Taken, copy: Copy, master: bytes) -> Chunk:
+        """The place of a bf16 copy, whose master has a place by now."""
+        chunk = self.placed.get(one.hash)
+        if chunk is not None:
+            return chunk
+        of = self.placed.get(master)
+        if of is None or len(of.numbers()) > BASES_MAX:
+            data = copy.read()
+            if digest(data) != one.hash:
+                raise InvalidInputError("a file changed while it was added: add files that nobody writes any more")
+            return self.encode(data, one.hash)
+        number, offset = self._packer.add_chunk(b"", one.raw, BF16, one.hash)
+        self.codecs.add(BF16)
+        base = Chunk(of.container, of.offset, of.stored, of.raw, of.codec, master, of.base)
+        chunk = self.placed[one.hash] = Chunk(number, offset, 0, one.raw, BF16, b"", base)
+        return chunk
 
     def _find(self, hashes: Sequence[bytes]) -> dict[bytes, Piece]:
         found: dict[bytes, Piece] = {}

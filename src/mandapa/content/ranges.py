@@ -12,10 +12,9 @@ from typing import NamedTuple, TypeAlias
 import msgspec
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.fetch import Request, Wave, fly, windows
+from mandapa.content.fetch import Request, Wave, fly, pieces_of, windows
 from mandapa.content.index import Piece
 from mandapa.content.parallel import in_order
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.errors import InvalidInputError
 from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, UrlRow

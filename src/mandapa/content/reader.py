@@ -15,9 +15,8 @@ from typing import TypeAlias
 import msgspec
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.fetch import Wave, chain_size, windows
+from mandapa.content.fetch import Wave, chain_size, pieces_of, windows
 from mandapa.content.index import Piece
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, UrlRow

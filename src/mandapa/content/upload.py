@@ -12,15 +12,16 @@ import msgspec
 
 from mandapa.content.cache import ChunkCache
 from mandapa.content.codecs import required
+from mandapa.content.copies import Copy, cuts_for_copies
 from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
 from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
-from mandapa.content.fetch import read_pieces
+from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
 from mandapa.content.link import Link, Mode
 from mandapa.content.packing import Packer, Placer
-from mandapa.content.transfer import RowMaker, bare, pieces_of
+from mandapa.content.rows import RowMaker, bare
 from mandapa.content.tree import Located, NodeReader
 from mandapa.content.walk import Found, check_unchanged, explain, explained, file_mode, is_still, read_small
 from mandapa.digest import Hasher, digest
@@ -460,7 +461,10 @@ class Upload:
             growth = Growth(structured_cuts(source), [], 0, Hasher())
         cuts, kept, start, asset = growth
         if cuts is not None:  # then the threads that hash can read as well
-            batches = self._placer.from_cuts(source, at, cuts, start, counterparts(cuts, old))
+            copies: dict[int, Copy] = {}
+            if start == 0 and not self._placer.leaves_floats:
+                cuts, copies = cuts_for_copies(source, cuts)
+            batches = self._placer.from_cuts(source, at, cuts, start, counterparts(cuts, old), copies)
         else:
             batches = self._placer.from_views(self._cutter.cut(source, at))
         chunks = self._adopt_all(kept) + self._placer.place_all(batches, known, asset)

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mandapa.content.codecs import CODECS, ZSTD, decode
-from mandapa.content.fetch import read_pieces
+from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.index import Piece
 from mandapa.content.parallel import in_order
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader, Tree, child_address
 from mandapa.digest import Hasher, digest
 from mandapa.errors import CorruptionError, FormatVersionError, NotFoundError

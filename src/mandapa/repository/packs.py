@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 
+from mandapa.content.fetch import pieces_of
 from mandapa.content.parallel import in_order
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Located, NodeReader
 from mandapa.errors import NotFoundError
 from mandapa.format.keys import GC, container_key

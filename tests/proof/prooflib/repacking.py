@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mandapa.content.edit import TreeRoot, edit_tree
-from mandapa.content.fetch import read_pieces
+from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.index import Index
-from mandapa.content.transfer import pieces_of
 from mandapa.content.tree import Tree
 from mandapa.content.upload import Upload
 from mandapa.format.records import FenceOp, Op, Record, RepackOp

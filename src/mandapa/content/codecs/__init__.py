@@ -7,7 +7,7 @@ functions from bytes to bytes. numpy and pcodec are imported when the first chun
 Source: docs/format.md §5.3; the choice of codecs and their figures: docs/design/012-codecs.md.
 """
 
-from mandapa.content.codecs.choice import Effort, Encoded, encode
+from mandapa.content.codecs.choice import Effort, Encoded, encode, is_bf16_copy
 from mandapa.content.codecs.registry import (
     BF16,
     CODECS,
@@ -36,5 +36,6 @@ __all__ = [
     "Encoded",
     "decode",
     "encode",
+    "is_bf16_copy",
     "required",
 ]

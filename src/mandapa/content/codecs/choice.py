@@ -10,12 +10,12 @@ from mandapa.content.codecs.frames import compress
 from mandapa.content.codecs.numbers import likely_width
 from mandapa.content.codecs.pco import encode_delta, encode_pco
 from mandapa.content.codecs.planes import encode_planes
-from mandapa.content.codecs.registry import BF16, DELTA, PCO, PLANES, RAW, ZSTD, decode
+from mandapa.content.codecs.registry import DELTA, PCO, PLANES, RAW, ZSTD, decode
 from mandapa.errors import CorruptionError, InvalidInputError
 from mandapa.format.strict import CHUNK_MAX
 from mandapa.object_store.base import Buffer
 
-__all__ = ["Effort", "Encoded", "encode"]
+__all__ = ["Effort", "Encoded", "encode", "is_bf16_copy"]
 
 Effort: TypeAlias = Literal["raw", "fast", "planes", "dense"]
 """How much work a chunk may be: none; zstd for what clearly shrinks (2 GB/s a core over floats, which it leaves); byte
@@ -64,9 +64,7 @@ class Encoded(NamedTuple):
     """Which of the bases offered it is a delta to."""
 
 
-def encode(
-    data: Buffer, effort: Effort, bases: Sequence[Buffer | None] = (), *, master: Buffer | None = None
-) -> Encoded:
+def encode(data: Buffer, effort: Effort, bases: Sequence[Buffer | None] = ()) -> Encoded:
     r"""The chunk by the codec that was chosen; decoded again, and found equal, before this returns.
 
     Safe to call from several threads, which then run side by side. With codec `RAW` the result is ``data`` itself.
@@ -76,7 +74,6 @@ def encode(
         effort: How much work may be done.
         bases: For ``dense``: the raw bytes of chunks of the same length that this one may be a delta to, those first
             that have the fewest bases themselves. None, and one of another length, is passed over.
-        master: fp32 numbers of which this chunk may be the bf16 copy.
 
     Raises:
         InvalidInputError: No such effort, or a chunk above 16 MiB.
@@ -92,8 +89,6 @@ def encode(
         raise InvalidInputError(f"a chunk of {len(view)} bytes is above the limit of {CHUNK_MAX}")
     if effort not in ("raw", "fast", "planes", "dense"):
         raise InvalidInputError(f"{effort!r} is no effort of encoding: use 'raw', 'fast', 'planes' or 'dense'")
-    if master is not None and memoryview(master).nbytes == 2 * len(view) and _equal(round_to_bf16(master), view):
-        return Encoded(BF16, b"", 0)
     found: Encoded | None = None
     base: Buffer | None = None
     most = len(view) - 1
@@ -109,6 +104,17 @@ def encode(
     if found is not None and len(found.stored) <= most and _same(found, view, base):
         return found
     return Encoded(RAW, data)
+
+
+def is_bf16_copy(data: Buffer, master: Buffer) -> bool:
+    """Whether the chunk is what rounding makes of fp32 numbers: then `BF16` stores it in no bytes.
+
+    Example:
+        >>> is_bf16_copy(bytes.fromhex("803f"), bytes.fromhex("0100803f"))
+        True
+    """
+    view = memoryview(data).cast("B")
+    return memoryview(master).nbytes == 2 * len(view) and _equal(round_to_bf16(master), view)
 
 
 def _dense(view: memoryview, bases: Sequence[Buffer | None]) -> tuple[Encoded | None, Buffer | None]:

@@ -1,60 +1,30 @@
-"""From an asset's row to its chunks, and from chunks to a row."""
+"""From chunks to an asset's row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from mandapa.content.index import Index, Piece, piece_of
+from mandapa.content.index import Index
 from mandapa.content.packing import Packer
 from mandapa.content.tree import Located, NodeReader, child_address
 from mandapa.digest import digest
-from mandapa.errors import CorruptionError, NotFoundError
+from mandapa.errors import NotFoundError
 from mandapa.format.manifest import (
     INLINE_CHUNKS,
     PART_CHUNKS,
     Chunk,
     FileRow,
     LargeFileRow,
-    Node,
-    NodeAddress,
     Part,
     PartAddress,
-    UrlRow,
     encode_node,
 )
 
-__all__ = ["RowMaker", "bare", "pieces_of"]
+__all__ = ["RowMaker", "bare"]
 
 _PART_KEPT = 256  # a part of the base with fewer chunks is written again, so that parts do not become many
-
-
-def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator[Piece]:
-    """The chunks of a file's row, in order, each with its container and hash.
-
-    Args:
-        located: The row of a file.
-        load: Reads a node, as `NodeReader.load`; called once for each part of a large file.
-
-    Raises:
-        CorruptionError: A part is not what the row says.
-    """
-    row, table = located
-    if isinstance(row, UrlRow):
-        return
-    if isinstance(row, LargeFileRow):
-        for address in row.parts:
-            part = load(child_address(address, table))
-            if not isinstance(part, Part) or sum([chunk.raw for chunk in part.rows]) != address.raw:
-                raise CorruptionError(f"a part of {row.path!r} is not the one that its row names")
-            for chunk in part.rows:
-                yield piece_of(chunk, chunk.hash, part.containers)
-    elif len(row.chunks) == 1:
-        yield piece_of(row.chunks[0], row.digest, table)
-    else:
-        for chunk in row.chunks:
-            yield piece_of(chunk, chunk.hash, table)
 
 
 class RowMaker:

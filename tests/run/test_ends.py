@@ -171,7 +171,8 @@ def test_what_a_killed_trainer_had_half_taken_goes_at_the_next_start(lab):
         file.truncate(2 << 30)
     calls = {
         "copy": "run.log_asset(sys.argv[1])",
-        "save": "run.save_checkpoint({'w': numpy.zeros(1 << 30, numpy.uint8)}, step=1)",
+        "save": "mandapa.run.saving.SMALL = 1 << 40\n"  # to the disk, not to memory
+        "run.save_checkpoint({'w': numpy.zeros(1 << 30, numpy.uint8)}, step=1)",
         "folder": "run.log_artifact('sub', os.path.dirname(sys.argv[1]))",
     }
     program = """

@@ -28,8 +28,6 @@ import mandapa.run.saving
 from mandapa import CheckpointSaver, Limits, Run
 from mandapa.loggers import FileLogger, ObjectStoreLogger, TensorboardLogger
 
-mandapa.run.saving.SMALL = 0  # these states, too, are handed over in memory
-
 SHAPE = (48, 8)
 RATE, MOMENTUM = 0.05, 0.9
 
@@ -267,4 +265,5 @@ def main():
 
 
 if __name__ == "__main__":
+    mandapa.run.saving.SMALL = 0  # these states, too, are handed over in memory
     main()

@@ -1,4 +1,4 @@
-"""``init``, ``add``, ``rm``."""
+"""``init``, ``add``, ``rm``, ``repack``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 import mandapa
 
@@ -233,3 +235,24 @@ def test_results_are_json(net):
     assert value["digest"] == version.digest
     assert value["created"].endswith("Z")
     assert json.loads(json.dumps(value)) == value
+
+
+def test_repack(cli):
+    """A plan, to look at, to keep, to apply; then nothing is left to do."""
+    cli("init")
+    for shift in range(2):
+        (cli.folder / "w.safetensors").write_bytes(save({"w": torch.randn(100_000) / 50 + shift}))
+        cli("add", "net", "w.safetensors")
+    assert "2 versions" in cli("repack", "net").out
+    [value] = cli.json("repack", "net", "--plan", "plan.json")
+    assert [version["version"] for version in value["versions"]] == [0, 1]
+    assert "2 versions repacked" in cli("repack", "net", "--apply", "plan.json").out
+    assert "skipped" in cli("repack", "net", "--apply", "plan.json").out
+    assert "nothing would be saved" in cli("repack", "net").out
+    [value] = cli.json("repack", "net", "--yes")
+    assert value == {"artifact": "net", "versions": []}
+    cli.error("repack", "other", code=3)
+    (cli.folder / "plan.json").write_text("{}")
+    cli.error("repack", "net", "--apply", "plan.json", code=2)
+    assert "one of" in cli("repack", "net", "--yes", "--apply", "plan.json", code=2).err
+    assert cli("fsck", "--deep").out.endswith("no problems\n")

@@ -6,6 +6,7 @@ import os
 import stat as stat_
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import msgspec
@@ -229,6 +230,27 @@ class Upload:
             self._kept += source.size
         return located
 
+    def add_stored(self, located: Located, source: Source, base: Located | None) -> Located:
+        """The row of a stored file, its chunks encoded anew where they were not placed or seeded.
+
+        Args:
+            located: Its row.
+            source: Its bytes; may be read by several threads.
+            base: The row at that path in the version before.
+
+        Raises:
+            As `add_bytes`, and what ``source`` raises.
+        """
+        self._check()
+        row = located.row
+        assert not isinstance(row, UrlRow)
+        if base is not None and not isinstance(base.row, UrlRow) and base.row.digest == row.digest:
+            same = self._relabel(base, row.path, row.mode)
+            if same is not None:
+                return same
+        cuts = list(accumulate([piece.raw for piece in pieces_of(located, self._nodes.load)]))
+        return self._take(source, row.path, row.mode, base, cuts=cuts)
+
     def seed(self, node: Leaf | Part) -> None:
         """Chunks of a node that is reached from the base version: found from now on, and not counted as hits."""
         self._placer.seed(node)
@@ -451,14 +473,16 @@ class Upload:
 
     # Files of several chunks
 
-    def _take(self, source: Source, at: str, mode: int, base: Located | None) -> Located:
-        """The row of a source that may have several chunks."""
+    def _take(
+        self, source: Source, at: str, mode: int, base: Located | None, *, cuts: list[int] | None = None
+    ) -> Located:
+        """The row of a source that may have several chunks; ``cuts`` are the ends of these, if it is known."""
         row = None if base is None or isinstance(base.row, UrlRow) else base.row
         old = [] if row is None else self._pieces_of_base(base)
         known = {piece.hash: piece for piece in old}
-        growth = None if row is None else growth_since(source, row, old, self._placer.submit)
+        growth = None if row is None or cuts else growth_since(source, row, old, self._placer.submit)
         if growth is None:
-            growth = Growth(structured_cuts(source), [], 0, Hasher())
+            growth = Growth(cuts or structured_cuts(source), [], 0, Hasher())
         cuts, kept, start, asset = growth
         if cuts is not None:  # then the threads that hash can read as well
             copies: dict[int, Copy] = {}

@@ -33,6 +33,7 @@ from mandapa.repository.version import Version
 
 if TYPE_CHECKING:
     from mandapa.content.tree import Tree
+    from mandapa.repository.repack import Repacked, RepackPlan
     from mandapa.repository.repository import Repository
 
 __all__ = ["AliasStep", "Artifact"]
@@ -333,6 +334,44 @@ class Artifact:
         return version
 
     # -- the artifact itself ------------------------------------------------------------------------------------------
+
+    def plan_repack(self) -> RepackPlan:
+        """Which versions `repack` would store in fewer bytes, and about how many of them: nothing is changed.
+
+        Reads the manifests of all live versions and, of each, the bytes of up to eight chunks and of their bases.
+
+        Raises:
+            NotFoundError: There is no such artifact, or a version was deleted meanwhile.
+            CorruptionError: Stored bytes are not what was written.
+        """
+        from mandapa.repository.repack import plan_repack
+
+        return plan_repack(self)
+
+    def repack(
+        self, plan: RepackPlan | None = None, *, progress: Callable[[int], None] | None = None
+    ) -> list[Repacked]:
+        """Store versions in as few bytes as there is a way for; what they hold, their numbers and digests stay.
+
+        Each version is read, stored anew in mode ``dense``, verified, and moved by a commit of its own, oldest first;
+        readers go on where it moved. The old bytes stay until a clean-up. Killed, it leaves versions whole, some of
+        them moved. Safe beside writers, readers and clean-ups. About 5 s of one core for a GB.
+
+        Args:
+            plan: What to do; by default what `plan_repack` finds. A version that changed since is skipped.
+            progress: Called with the bytes of each container that was put.
+
+        Returns:
+            What became of each version of the plan.
+
+        Raises:
+            InvalidInputError: The plan is of another artifact or repository.
+            NotFoundError: There is no such artifact.
+            StorageError: The store failed; what was moved by then stays moved.
+        """
+        from mandapa.repository.repack import apply_repack
+
+        return list(apply_repack(self, self.plan_repack() if plan is None else plan, progress=progress))
 
     def rename(self, name: str) -> None:
         """Give the artifact another name; its history stays, the old name becomes free.

@@ -2,8 +2,8 @@
 
     python tests/golden/make_golden.py tests/golden
 
-It holds every kind of object, row and op that format 1 has. Once the format is frozen it is never made again: a mandapa
-of any later release reads the bytes that are checked in.
+It holds every kind of object, row and op that format 1 has; a second one holds every codec. Once the format is frozen
+they are never made again: a mandapa of any later release reads the bytes that are checked in.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import json
 import os
 import random
 import shutil
+import struct
 import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from mandapa.content.codecs.bf16 import round_to_bf16
 from mandapa.content.edit import edit_tree
 from mandapa.content.index import Index
+from mandapa.content.link import Link
 from mandapa.content.tree import Tree
 from mandapa.content.upload import Upload
 from mandapa.format.keys import log_key
@@ -33,6 +36,7 @@ from mandapa.format.records import (
 from mandapa.format.strict import seal
 from mandapa.object_store import LocalObjectStore
 from mandapa.repository.log import Author
+from mandapa.repository.repack import RepackPlan
 from mandapa.repository.repository import Repository
 from mandapa.repository.version import address_of, root_of
 
@@ -181,10 +185,48 @@ def facts(repo: Repository) -> dict[str, object]:
     return found
 
 
+def make_codecs(root: Path) -> dict[str, object]:
+    """Write the repository of the codecs under ``root``; returns what is in it.
+
+    A small training: fp32 weights with NaNs, zeros of both signs and denormals among them, and their bf16 copy; stored
+    raw, as byte planes, dense four times, and repacked.
+    """
+    author = Author("golden@example", clock=Clock(), random=random.Random(3), sleep=lambda _: None)
+    repo = Repository.create(LocalObjectStore(root), author=author, threads=0, codec="raw")
+    rng = random.Random(4)
+    weights = [rng.gauss(0, 0.02) for _ in range(50_000)]
+    odd = bytes.fromhex("0100c07f 010080ff 00000080 00000000 01000000 0000807f")
+    for step, codec in enumerate(["raw", "auto", "dense", "dense", "dense", "dense", "raw"]):
+        repo = Repository(LocalObjectStore(root), author=author, threads=0, codec=codec)
+        if codec == "auto":
+            repo.link = Link(near=False)  # nothing is known of it, so byte planes
+        weights = [(0 if step == 2 else w) + rng.gauss(0, 0.02 if step == 2 else 1e-6) for w in weights]
+        fp32 = odd + struct.pack(f"<{len(weights)}f", *weights)
+        with repo.artifact("net").transaction(f"step {step}") as txn:
+            txn.add_bytes("state.safetensors", mixed(fp32, bytes(round_to_bf16(fp32)), step))
+            txn.add_bytes("odd.bin", fp32[:4099])
+    repo.artifact("net").repack(RepackPlan("net", repo.id, repo.artifact("net").plan_repack().steps[-1:]))
+    return facts(Repository(LocalObjectStore(root), threads=0))
+
+
+def mixed(fp32: bytes, bf16: bytes, step: int) -> bytes:
+    """A safetensors file of both."""
+    header = {
+        "__metadata__": {"step": str(step)},
+        "copy": {"dtype": "BF16", "shape": [len(bf16) // 2], "data_offsets": [0, len(bf16)]},
+        "master": {"dtype": "F32", "shape": [len(fp32) // 4], "data_offsets": [len(bf16), len(bf16) + len(fp32)]},
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + bf16 + fp32
+
+
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     work = home / "work"
-    shutil.rmtree(home / "format-1", ignore_errors=True)
-    os.makedirs(work)
-    (home / "format-1.json").write_text(json.dumps(make(home / "format-1", work), indent=1, sort_keys=True) + "\n")
-    shutil.rmtree(work)
+    for name, write in {"format-1": lambda root: make(root, work), "format-1-codecs": make_codecs}.items():
+        if (home / name).exists():
+            continue  # what is checked in stays
+        os.makedirs(work, exist_ok=True)
+        (home / f"{name}.json").write_text(json.dumps(write(home / name), indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(work, ignore_errors=True)

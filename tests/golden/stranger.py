@@ -2,18 +2,20 @@
 
     python tests/golden/stranger.py REPOSITORY ARTIFACT NUMBER [PATH]
 
-Needs the blake3, zstd and msgpack of its language; for the last two the packages that mandapa depends on are at hand.
+Needs the blake3, zstd, msgpack and pcodec of its language: the packages that mandapa depends on are at hand.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from blake3 import blake3
+from pcodec import standalone
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -70,14 +72,48 @@ def content(root: Path, row: list[Any], table: list[bytes]) -> bytes:
         pairs = [(chunk, part[1]) for part in parts for chunk in part[2]]
     else:
         pairs = [(chunk, table) for chunk in chunks]
-    data = b""
-    for (at, offset, stored, raw, codec, hash_, *_), of in pairs:
-        chunk = container(root, of[at])[offset : offset + stored]
-        chunk = {0: lambda c: c, 1: zstd.decompress}[codec](chunk)
-        assert len(chunk) == raw and blake3(chunk).digest() == (hash_ or digest), f"a chunk of {path}"
-        data += chunk
+    data = b"".join([decoded(root, chunk, of, digest) for chunk, of in pairs])
     assert len(data) == size and blake3(data).digest() == digest, path
     return data
+
+
+def decoded(root: Path, chunk: list[Any], table: list[bytes], digest: bytes) -> bytes:
+    """The raw bytes of a chunk."""
+    at, offset, stored, raw, codec, hash_, base = chunk
+    data = container(root, table[at])[offset : offset + stored]
+    below = b"" if base is None else decoded(root, base, table, b"")
+    found = {0: lambda: data, 1: lambda: zstd.decompress(data), 5: lambda: rounded(below)}.get(codec)
+    result = found() if found else numbers(data, raw, codec, below)
+    assert len(result) == raw and blake3(result).digest() == (hash_ or digest), "not the chunk that was named"
+    return result
+
+
+def numbers(data: bytes, raw: int, codec: int, below: bytes) -> bytes:
+    """Codecs 2 to 4."""
+    width = data[0]
+    count, over = divmod(raw, width)
+    rest = data[1 + over :]
+    if codec == 2:
+        planes = []
+        for _ in range(width):
+            length = int.from_bytes(rest[:4], "little")
+            planes.append(rest[4 : 4 + length] if length == count else zstd.decompress(rest[4 : 4 + length]))
+            rest = rest[4 + length :]
+        return b"".join([bytes(number) for number in zip(*planes, strict=True)]) + data[1 : 1 + over]
+    values = [int(value) for value in standalone.simple_decompress(rest)] if count else []
+    if codec == 4:
+        bases = [int.from_bytes(below[i * width : (i + 1) * width], "little") for i in range(count)]
+        values = [(b + d) % (1 << 8 * width) for b, d in zip(bases, values, strict=True)]
+    return b"".join([value.to_bytes(width, "little") for value in values]) + data[1 : 1 + over]
+
+
+def rounded(below: bytes) -> bytes:
+    """Codec 5."""
+    found = b""
+    for (x,) in struct.iter_unpack("<I", below):
+        nan = x & 0x7FFFFFFF > 0x7F800000
+        found += (0x7FC0 if nan else (x + 0x7FFF + (x >> 16 & 1)) >> 16 & 0xFFFF).to_bytes(2, "little")
+    return found
 
 
 def versions(root: Path, name: str) -> dict[int, dict[str, Any]]:

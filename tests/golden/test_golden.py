@@ -10,20 +10,29 @@ from pathlib import Path
 
 import pytest
 
+from mandapa.content.codecs import CODECS, required
+from mandapa.content.fetch import pieces_of
 from mandapa.errors import FormatVersionError
 from mandapa.object_store import LocalObjectStore
+from mandapa.repository import repository
 from mandapa.repository.fsck import fsck
 from mandapa.repository.repository import Repository
 
 HOME = Path(__file__).parent
-GOLDEN = HOME / "format-1"
-EXPECTED = json.loads((HOME / "format-1.json").read_text())
+NAMES = ("format-1", "format-1-codecs")
+EXPECTED = {name: json.loads((HOME / f"{name}.json").read_text()) for name in NAMES}
 
 
 @pytest.fixture
-def golden(tmp_path):
+def expected(name):
+    """What is in it."""
+    return EXPECTED[name]
+
+
+@pytest.fixture
+def golden(name, tmp_path):
     """A copy, so that nothing can be written to the original."""
-    shutil.copytree(GOLDEN, tmp_path / "golden")
+    shutil.copytree(HOME / name, tmp_path / "golden")
     return Repository(LocalObjectStore(tmp_path / "golden"), threads=0)
 
 
@@ -35,44 +44,76 @@ def load(name):
     return module
 
 
-def test_every_fact_and_byte_is_read(golden):
+@pytest.mark.parametrize("name", NAMES)
+def test_every_fact_and_byte_is_read(golden, expected):
     """Names, versions, history, metadata and the content of every asset are what was written."""
-    assert json.loads(json.dumps(load("make_golden").facts(golden))) == EXPECTED
+    assert json.loads(json.dumps(load("make_golden").facts(golden))) == expected
 
 
-def test_fsck_finds_nothing(golden):
+@pytest.mark.parametrize("name", NAMES)
+def test_fsck_finds_nothing(golden, expected):
     """Every invariant holds, down to each byte."""
     report = fsck(golden, deep=True)
     assert report.findings == []
-    assert report.checked["versions"] == sum(len(a["versions"]) for a in EXPECTED.values() if "versions" in a)
+    assert report.checked["versions"] == sum(len(a["versions"]) for a in expected.values() if "versions" in a)
 
 
+@pytest.mark.parametrize("name", ["format-1-codecs"])
+def test_every_codec_is_there(golden):
+    """Each with the features that its version needs, and deltas of deltas."""
+    codecs, most = set(), 0
+    for version in golden.artifact("net").versions():
+        used = set()
+        for located in version.rows():
+            for piece in pieces_of(located, golden.reader.load):
+                used.update([one.codec for one in piece.chain()])
+                most = max(most, len(piece.chain()))
+        assert required(used) <= set(version.requires)
+        codecs |= used
+    assert (codecs, most) == (set(CODECS), 3)
+
+
+@pytest.mark.parametrize("name", ["format-1-codecs"])
+def test_a_reader_without_the_codecs_refuses_by_name(golden, monkeypatch):
+    """It reads what it can, and says of the rest what it lacks."""
+    monkeypatch.setattr(repository, "FEATURES", {0: "raw", 1: "zstd"})
+    assert golden["net:v0"].open("odd.bin").read()
+    for version, feature in (("v1", "planes"), ("v2", "pco"), ("v3", "delta"), ("v6", "bf16")):
+        with pytest.raises(FormatVersionError, match=feature):
+            golden[f"net:{version}"].open("odd.bin")
+
+
+@pytest.mark.parametrize("name", ["format-1"])
 def test_an_op_of_a_newer_mandapa_keeps_writers_out(golden):
     """The optional op at the end of the log is skipped by readers and stops writers."""
     with pytest.raises(FormatVersionError, match="upgrade"), golden.artifact("model").transaction() as txn:
         txn.add_bytes("x", b"x")
 
 
-def test_writing_it_anew_gives_the_same_facts(tmp_path):
+@pytest.mark.parametrize(("name", "make"), [("format-1", "make"), ("format-1-codecs", "make_codecs")])
+def test_writing_it_anew_gives_the_same_facts(expected, make, tmp_path):
     """Digests, records and folding do not drift; compressed bytes may."""
-    made = load("make_golden").make(tmp_path / "format-1", tmp_path)
-    assert json.loads(json.dumps(made)) == EXPECTED
+    arguments = (tmp_path / "new", tmp_path)[: 2 if make == "make" else 1]
+    made = getattr(load("make_golden"), make)(*arguments)
+    assert json.loads(json.dumps(made)) == expected
 
 
-def test_a_stranger_reads_every_byte():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stranger_reads_every_byte(name, expected):
     """A reader written from docs/format.md alone finds the same assets."""
     stranger = load("stranger")
     source = (HOME / "stranger.py").read_text()
     assert "import mandapa" not in source
     assert "from mandapa" not in source
-    for name, artifact in EXPECTED.items():
+    root = HOME / name
+    for artifact_name, artifact in expected.items():
         if "versions" not in artifact:
             continue
-        found = stranger.versions(GOLDEN, name)
+        found = stranger.versions(root, artifact_name)
         assert sorted(found) == sorted(map(int, artifact["versions"]))
         for number, version in artifact["versions"].items():
-            rows = stranger.assets(GOLDEN, found[int(number)])
-            contents = {row[1]: stranger.content(GOLDEN, row, table) for row, table in rows if row[0] != 1}
+            rows = stranger.assets(root, found[int(number)])
+            contents = {row[1]: stranger.content(root, row, table) for row, table in rows if row[0] != 1}
             if isinstance(version["assets"], str):
                 continue
             assert [row[1] for row, _ in rows] == sorted(version["assets"])

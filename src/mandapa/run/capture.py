@@ -120,9 +120,11 @@ def _copy(memory: mmap.mmap, moves: Iterable[_Move]) -> None:
     helpers = [threading.Thread(target=work, daemon=True) for _ in range(min(_THREADS, _cores(), len(parts)) - 1)]
     for helper in helpers:
         helper.start()
-    work()
-    for helper in helpers:
-        helper.join()
+    try:
+        work()
+    finally:  # nobody writes into the slot when this is over, though it be interrupted
+        for helper in helpers:
+            helper.join()
 
 
 def _cores() -> int:

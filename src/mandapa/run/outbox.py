@@ -19,7 +19,6 @@ from mandapa.run.journal import (
     ENTRIES,
     AssetEntry,
     BeginEntry,
-    CheckpointEntry,
     CommitEntry,
     EndEntry,
     Entry,
@@ -30,6 +29,7 @@ from mandapa.run.limits import Limits
 from mandapa.run.logger import Take
 from mandapa.run.process import UploaderProcess
 from mandapa.run.progress import Progress
+from mandapa.run.ring import turns_in
 from mandapa.run.staging import Staging, sweep
 from mandapa.run.troubles import Troubles
 
@@ -75,8 +75,7 @@ class Outbox:
         self._journal = Journal(directory.journal(rank), ENTRIES, after=known)
         self.begun = [line for line in self._journal.found if isinstance(line, BeginEntry)]
         """How the rank began before."""
-        files = [file for line in self._journal.found if isinstance(line, CheckpointEntry) for file in line.files]
-        self.turns = None if self._journal.damaged else {file.memory.turn for file in files if file.memory is not None}
+        self.turns = None if self._journal.damaged else turns_in(self._journal.found)
         """The turns of memory that it speaks of; None: it cannot be read."""
         if not self._journal.damaged:  # a line that cannot be read may name something
             sweep(directory, rank, self._journal.found)

@@ -17,12 +17,23 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 from mandapa.digest import hexdigest
-from mandapa.errors import CorruptionError, StorageError
+from mandapa.errors import CorruptionError, FormatVersionError, StorageError
 from mandapa.run.directory import Lock, RunDirectory, read_json, write_json
-from mandapa.run.journal import File, InMemory
+from mandapa.run.journal import ENTRIES, CheckpointEntry, Entry, File, InMemory, JournalReader
 from mandapa.run.serial import INDEX_MAX, offsets, read_outline, size_of_file, write_file
 
-__all__ = ["HEAD", "Ring", "Slot", "drop_slots", "free_memory", "is_held", "memory_of", "remove_free", "settle"]
+__all__ = [
+    "HEAD",
+    "Ring",
+    "Slot",
+    "drop_slots",
+    "free_memory",
+    "is_held",
+    "memory_of",
+    "remove_free",
+    "settle",
+    "turns_in",
+]
 
 SHARED = "/dev/shm"  # noqa: S108 - names in it cannot be guessed, and are made with O_EXCL
 HEAD = 4096
@@ -233,19 +244,21 @@ def _make_file(path: str, size: int) -> None:
 
 
 def remove_free(directory: RunDirectory, rank: int) -> None:
-    """Remove the slots of a rank that is not being trained, as far as nothing is in them that is in no file."""
+    """Remove the slots of a rank that is not being trained, but those with a state that is in no file yet."""
     lock = directory.rank_lock(rank)
     if not os.path.exists(_list_of(directory, rank)) or not lock.take():
         return  # its next trainer goes on with them
     try:
         kept = []
+        reader = JournalReader(directory.journal(rank), ENTRIES)
+        named = turns_in(reader.new())
         for path in _listed(_list_of(directory, rank)):
             try:
                 slot = Slot(directory.source(path))
             except (OSError, CorruptionError):
                 _unlink(directory.source(path))
                 continue
-            if slot.is_free:
+            if slot.is_free or (slot.turn not in named and not reader.damaged):
                 _unlink(slot.path)
             else:
                 kept.append(path)
@@ -254,10 +267,18 @@ def remove_free(directory: RunDirectory, rank: int) -> None:
             write_json(_list_of(directory, rank), {"slots": kept})
         else:
             _unlink(_list_of(directory, rank))
+    except (StorageError, FormatVersionError) as error:
+        directory.note(str(error))
     except OSError as error:
         directory.note(f"the memory of rank {rank} cannot be given back: {error.strerror}")
     finally:
         lock.release()
+
+
+def turns_in(entries: Iterable[Entry]) -> set[str]:
+    """The turns that these lines of a journal speak of."""
+    files = [file for entry in entries if isinstance(entry, CheckpointEntry) for file in entry.files]
+    return {file.memory.turn for file in files if file.memory is not None}
 
 
 def drop_slots(paths: Iterable[str]) -> None:

@@ -57,9 +57,10 @@ class Saving:
             captured = None
         guess = self._size_guess if captured is None else captured.size
         slot: Slot | None = None
+        before = -1
 
         def own() -> list[File]:
-            nonlocal slot
+            nonlocal slot, before
             path = self._new_path(step, name)
             file = None
             if captured is not None and (slot := self._slot(captured.memory)) is not None:
@@ -68,16 +69,14 @@ class Saving:
                 self._size_guess = save_state(state, path, self._saver.format, self._directory.unfinished(self.rank))
                 source = self._directory.relative(path)
                 file = File(path=f"{CHECKPOINT}/{name}", source=source, size=self._size_guess)
+            before = self._outbox.last
             return [file]
 
-        handed = False
         try:
-            handle = self._hand_over(name, guess, own, step=step, epoch=epoch, metrics=facts)
-            handed = handle.state != "skipped"
+            return self._hand_over(name, guess, own, step=step, epoch=epoch, metrics=facts)
         finally:
-            if slot is not None and not handed:
+            if slot is not None and before in (-1, self._outbox.last):  # no line speaks of it
                 slot.free()
-        return handle
 
     def _slot(self, size: int) -> Slot | None:
         """Memory for so many bytes, if there is some."""
@@ -95,7 +94,6 @@ class Saving:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         except OSError:
             slot.free()
-            drop([path])
             return None
         return File(
             path=f"{CHECKPOINT}/{name}", source=self._directory.relative(path), size=captured.size, memory=memory

@@ -77,7 +77,7 @@ def commit_over(server: Server, series: Series, mode: Any) -> dict[str, float]:
     store = server.s3(prefix=mode)
     Repository.create(store)
     with tempfile.TemporaryDirectory() as cache:
-        repo = Repository(store, codec=mode, cache_dir=cache)
+        repo = Repository(store, codec=mode, cache_dir=cache, cache_size=1 << 30)
         add(repo, series.paths[-2])
         time.sleep(0.2)
         seconds = timed(lambda: add(repo, series.paths[-1]))

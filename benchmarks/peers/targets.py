@@ -70,13 +70,22 @@ def over_link(series: str) -> Callable[[Results], float]:
     return figure
 
 
+def sent(series: str) -> Callable[[Results], float]:
+    """What the default codec sends over the slow link, of raw."""
+
+    def figure(results: Results) -> float:
+        rows = [row for row in results["link"]["rows"] if (row["series"], row["codec"]) == (series, "auto")]
+        return rows[0]["sent"]
+
+    return figure
+
+
 XOR = "XOR, planes, zstd"
 TARGETS = (
     Target("fp32 and Adam, 100 steps apart, dense: added, of raw", 0.78, ours("adam", "of_raw", "mandapa, dense")),
-    Target("an EMA, 100 steps apart, dense: of raw", 0.62, left("ema")),
+    Target("an EMA, 100 steps apart, dense: of raw", 0.70, left("ema")),
     Target("bf16 export, 1e-5, 20 steps apart, dense: of raw", 0.16, left("bf16-1e-5")),
     Target("bf16 export, 1e-4, 20 steps apart, dense: of raw", 0.32, left("bf16-1e-4")),
-    Target("trained in bf16, 1e-5, 20 steps apart, dense: of raw", 0.05, left("pure-1e-5")),
     Target("bf16 export, 1e-5: dense of XOR, planes, zstd", ENOUGH, left("bf16-1e-5", XOR)),
     Target("bf16 export, 1e-4: dense of XOR, planes, zstd", ENOUGH, left("bf16-1e-4", XOR)),
     Target("frozen backbone, codec raw: added less 200 B a tensor, of what changed", 1.005, beyond_changed),
@@ -86,8 +95,10 @@ TARGETS = (
     Target("10,000 files: restore, s", 0.5, ours("folder", "restore")),
     Target("default codec over 100 Mbit/s, fp32: as fast as raw", 0.9, over_link("adam"), least=True),
     Target("default codec over 100 Mbit/s, bf16: as fast as raw", 0.9, over_link("bf16-1e-5"), least=True),
+    Target("default codec over 100 Mbit/s, fp32: sent, of raw", 0.78, sent("adam")),
+    Target("default codec over 100 Mbit/s, bf16: sent, of raw", 0.16, sent("bf16-1e-5")),
     Target("dense read by one core, fp32, GB/s", 1.5, rate("adam"), least=True),
-    Target("dense read by one core, bf16, GB/s", 1.5, rate("bf16-1e-5"), least=True),
+    Target("dense read by one core, bf16, GB/s", 1.1, rate("bf16-1e-5"), least=True),
 )
 
 

@@ -15,7 +15,7 @@ Mode: TypeAlias = Literal["raw", "auto", "dense"]
 
 _COUNTS = 1 << 20  # bytes: what a smaller put takes says nothing of the link
 _WEIGHT = 0.3  # of the newest measurement
-_SPARE = 0.8  # of what coding could do: nothing may wait for it
+_SPARE = 0.5  # of what coding could do: the client and everybody else need the cores, too
 _SPEEDS: dict[Effort, float] = {"planes": 9e8, "dense": 1.5e8}
 
 

@@ -156,6 +156,8 @@ REFUSED: dict[str, Callable[[], bytes]] = {
     "two pickles": lambda: zip_of(("a/data.pkl", b"N."), ("b/data.pkl", b"N."), ("c.npy", b"")),
     "a pickle of 40 MB": lambda: torch_zip(text("a" * 40_000_000)),
     "a hundred thousand archives": lambda: zip_of(("a/data.pkl", PROTO + b"N.")) * 60_000,
+    "a hundred archives of a million steps": lambda: torch_zip(b"N0" * 500_000 + view()) * 100,
+    "a byteorder of 1 MB": lambda: torch_zip(view(), byteorder=b"little" * 200_000),
     "an archive of something else": lambda: zip_of(("word/document.xml", b"<xml/>")),
     # NumPy
     "an array of 4,000 digits": lambda: npy(shape_header(b"9" * 4000)),

@@ -16,21 +16,33 @@ import msgspec
 
 from mandapa.content.tensors.dtypes import ITEM_SIZES, TORCH_STORAGES
 
-__all__ = ["DIMENSIONS_MAX", "BadPickle", "Opaque", "Storage", "View", "named_tensors", "read_pickle"]
-
-STEPS_MAX = 1_500_000
-"""Instructions of one pickle; about 33 make a tensor."""
+__all__ = ["DIMENSIONS_MAX", "Allowance", "BadPickle", "Opaque", "Storage", "View", "named_tensors", "read_pickle"]
 
 DIMENSIONS_MAX = 64
 
 _DEPTH_MAX = 64
-_NAMED_MAX = 200_000  # tensors and containers
 _NAME_MAX = 2048  # characters
-_NAMES_MAX = 16 << 20  # characters of all names together
 
 
 class BadPickle(ValueError):  # noqa: N818 - not an error: whoever reads structures catches it
     """Not a pickle, or one that torch does not write; the message says why."""
+
+
+class Allowance:
+    """What the pickles of one file may cost together.
+
+    Attributes:
+        steps: Instructions; about 33 make a tensor.
+        items: Values that containers hold, each counted as often as it is reached.
+        named: Tensors and containers, the same.
+        characters: Of all their names.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 1_500_000
+        self.items = 1_500_000
+        self.named = 200_000
+        self.characters = 16 << 20
 
 
 class Storage(msgspec.Struct, frozen=True, gc=False):
@@ -78,26 +90,27 @@ _OPAQUE = Opaque()
 _Stack: TypeAlias = list[Any]
 
 
-def read_pickle(data: bytes | bytearray) -> Any:
+def read_pickle(data: bytes | bytearray, allowance: Allowance) -> Any:
     """What a pickle of torch describes: lists, tuples, `_Pairs`, plain values, `View`, `Storage` and `Opaque`.
+
+    Takes from ``allowance`` what it costs.
 
     Raises:
         BadPickle: It is broken, too long, or uses what torch does not.
     """
     machine = _Machine(data)
     try:
-        return machine.run()
+        return machine.run(allowance)
     except (IndexError, struct.error, TypeError, UnicodeDecodeError) as error:
         raise BadPickle(f"its pickle is broken near byte {machine.at}") from error
 
 
-def named_tensors(root: Any) -> Iterator[tuple[str, View | Opaque]]:
+def named_tensors(root: Any, allowance: Allowance) -> Iterator[tuple[str, View | Opaque]]:
     """The tensors of a structure with their dotted names, and in the place of lost ones why; the root itself is "".
 
     Raises:
         BadPickle: It is nested deeper than 64, or larger than it looks because it contains itself.
     """
-    items = named = characters = 0
     stack: list[tuple[str, int, Any]] = [("", 0, root)]
     while stack:
         name, depth, value = stack.pop()
@@ -115,16 +128,16 @@ def named_tensors(root: Any) -> Iterator[tuple[str, View | Opaque]]:
         if depth == _DEPTH_MAX:
             raise BadPickle(f"its structure is nested deeper than {_DEPTH_MAX}")
         for key, item in below:
-            items += 1
+            allowance.items -= 1
             if isinstance(item, (View, Opaque, list, tuple)):
                 text = _key(key)
                 path = f"{name}.{text}" if depth else text
-                named += 1
-                characters += len(path)
-                if len(path) > _NAME_MAX or characters > _NAMES_MAX or named > _NAMED_MAX:
+                allowance.named -= 1
+                allowance.characters -= len(path)
+                if len(path) > _NAME_MAX or allowance.characters < 0 or allowance.named < 0:
                     raise BadPickle("its structure is too large, or its names too long")
                 stack.append((path, depth + 1, item))
-            if items > STEPS_MAX:
+            if allowance.items < 0:
                 raise BadPickle("its structure is too large")
 
 
@@ -143,13 +156,14 @@ class _Machine:
         self.stack: _Stack = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
+    def run(self, allowance: Allowance) -> Any:
         data = self.data
         steps = _STEPS
-        for _ in range(STEPS_MAX):
+        for left in range(allowance.steps - 1, -1, -1):
             code = data[self.at]
             self.at += 1
             if code == _STOP:
+                allowance.steps = left
                 return self.stack[-1]
             step = steps[code]
             if step is None:

@@ -16,7 +16,15 @@ from mandapa.content.cutters.safetensors import Placed, safetensors_entries
 from mandapa.content.cutters.source import Source, read_some
 from mandapa.content.ranges import RangeReader
 from mandapa.content.tensors.dtypes import ITEM_SIZES, NUMPY_KINDS, SAFETENSORS
-from mandapa.content.tensors.pickles import DIMENSIONS_MAX, BadPickle, Opaque, View, named_tensors, read_pickle
+from mandapa.content.tensors.pickles import (
+    DIMENSIONS_MAX,
+    Allowance,
+    BadPickle,
+    Opaque,
+    View,
+    named_tensors,
+    read_pickle,
+)
 from mandapa.errors import InvalidInputError
 
 __all__ = ["Structure", "TensorPlace", "read_structure", "tensors_of"]
@@ -184,17 +192,18 @@ def _archives(source: Source, names: Collection[str] | None, lost: dict[str, str
         if len(archives) > _ARCHIVES_MAX:
             raise _Unreadable(f"it consists of more than {_ARCHIVES_MAX} archives")
     archives.reverse()
+    allowance = Allowance()
     if len(archives) == 1:
         members = _Members(source, archives[0])
         if members.pickle is None:
             return "npz", list(_npz(source, members, names, lost))
-        return "torch", list(_torch(source, members, "", "0", lost))
+        return "torch", list(_torch(source, members, "", "0", allowance, lost))
     found: list[TensorPlace] = []
     for number, archive in enumerate(archives):
         members = _Members(source, archive)
         if members.pickle is None:
             raise _Unreadable("it has archives that are not torch's")
-        found += _torch(source, members, f"{number}.", f"{number}", lost)
+        found += _torch(source, members, f"{number}.", f"{number}", allowance, lost)
     return "distcp", found
 
 
@@ -211,25 +220,35 @@ class _Members:
         pickles = [name for name in self.places if name.endswith(b"/data.pkl") and name.count(b"/") == 1]
         self.pickle = pickles[0] if len(pickles) == 1 else None
 
-    def read(self, name: bytes) -> bytes | bytearray | None:
-        """A member that is a header."""
+    def range(self, name: bytes) -> tuple[int, int]:
+        """The bytes of a member, none if there is no such member."""
+        entry, start = self.places.get(name, (None, 0))
+        return start, start + (entry.size if entry else 0)
+
+    def read(self, name: bytes, most: int) -> bytes | bytearray | None:
+        """A member that is a header of at most so many bytes."""
         place = self.places.get(name)
         if place is None:
             return None
         entry, start = place
-        if entry.size > HEADER_MAX:
-            raise _Unreadable(f"its {name.decode(errors='replace')} has {entry.size} bytes")
+        if entry.size > most:
+            raise _Unreadable(f"its {name.decode(errors='replace')[:200]} is too large: {entry.size} bytes")
         return read_some(self._source, start, entry.size)
 
 
-def _torch(source: Source, members: _Members, prefix: str, alone: str, lost: dict[str, str]) -> Iterator[TensorPlace]:
+def _torch(
+    source: Source, members: _Members, prefix: str, alone: str, allowance: Allowance, lost: dict[str, str]
+) -> Iterator[TensorPlace]:
     assert members.pickle is not None
     root = members.pickle[: -len(b"data.pkl")]
-    if members.read(root + b"byteorder") not in (None, b"little"):
+    order = root + b"byteorder"
+    if isinstance(source, RangeReader):
+        source.want([members.range(name) for name in (members.pickle, order)])
+    if members.read(order, 16) not in (None, b"little"):
         raise _Unreadable("it was written on a big-endian machine: load it with torch.load")
-    data = members.read(members.pickle)
+    data = members.read(members.pickle, HEADER_MAX)
     assert data is not None
-    for below, value in named_tensors(read_pickle(data)):
+    for below, value in named_tensors(read_pickle(data, allowance), allowance):
         name = f"{prefix}{below}" if below else alone
         if isinstance(value, Opaque):
             lost[name] = value.lost

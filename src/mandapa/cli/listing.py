@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 _SHOWN = 12  # paths that `show` lists of a change before it counts the rest
+_SHOWN_TENSORS = 6  # of a file, that `diff` lists before it counts the rest
 
 
 @click.command()
@@ -317,7 +318,10 @@ def diff(session: Session, a: str, b: str, exit_code: bool, stat: bool) -> int:
     metadata = {} if before.path else dict(found.metadata)
     differs = bool(entries or metadata)
     tensors = {path: _tensor_changes(before, after, path, stat) for mark, path, *_ in entries if mark == "~"}
-    session.emit(_diff_value(before, after, entries, metadata, tensors), lambda: _diff_text(entries, metadata, tensors))
+    session.emit(
+        _diff_value(before, after, entries, metadata, tensors),
+        lambda: _diff_text(entries, metadata, tensors, stat=stat),
+    )
     return 1 if differs and exit_code else 0
 
 
@@ -360,7 +364,11 @@ def _line(mark: str, path: str, sizes: str) -> str:
 
 
 def _diff_text(
-    entries: list[_Entry], metadata: dict[str, tuple[Any, Any]], tensors: dict[str, list[TensorChange]]
+    entries: list[_Entry],
+    metadata: dict[str, tuple[Any, Any]],
+    tensors: dict[str, list[TensorChange]],
+    *,
+    stat: bool,
 ) -> str:
     width = max([len(clean(entry[1])) for entry in entries], default=0)
     lines = []
@@ -368,7 +376,10 @@ def _diff_text(
         lines.append(click.style(f"{mark} {clean(path).ljust(width)}", fg=_COLOURS[mark]) + f"  {sizes}")
         changes = tensors.get(path)
         if changes:
-            lines.append(table([_tensor_row(change) for change in changes]))
+            shown = changes if stat else changes[:_SHOWN_TENSORS]
+            lines.append(table([_tensor_row(change) for change in shown]))
+            if len(shown) < len(changes):
+                lines.append(f"    ... and {count(len(changes) - len(shown), 'tensor')} more: --stat shows all")
     rows = [(f"  {clean(key)}", f"{_given(old)} -> {_given(new)}") for key, (old, new) in metadata.items()]
     if rows:
         lines += ["metadata", table(rows)]

@@ -14,7 +14,10 @@ from mandapa.errors import CorruptionError, NotFoundError
 from mandapa.format.manifest import BASES_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Encoder", "New"]
+__all__ = ["Encoder", "New", "counterparts"]
+
+_COUNTERPART = 64 << 10
+"""Bytes: a shorter chunk is likely to be a group of tensors, or a header."""
 
 
 class New(NamedTuple):
@@ -95,3 +98,29 @@ class Encoder:
             except (NotFoundError, CorruptionError):  # a reader of that version will say so
                 continue
         return found
+
+
+def counterparts(cuts: Sequence[int], old: Sequence[Piece]) -> list[Piece | None]:
+    """For each chunk between ``cuts`` the chunk of an earlier version that is likely to be the same tensor's.
+
+    Chunks of 64 KiB and more are paired from the front as long as their lengths are equal, and the rest likewise from
+    the back: what was added, dropped or reshaped in between has no counterpart.
+
+    Example:
+        >>> old = [Piece(b"", 0, 0, raw, 0, bytes([raw >> 16])) for raw in (1 << 16, 3 << 16, 2 << 16)]
+        >>> [one and one.hash[0] for one in counterparts([7 << 16, 10 << 16, 12 << 16], old)]
+        [None, 3, 2]
+    """
+    found: list[Piece | None] = [None] * len(cuts)
+    lengths = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
+    new = [i for i, length in enumerate(lengths) if length >= _COUNTERPART]
+    large = [piece for piece in old if piece.raw >= _COUNTERPART]
+    first = 0
+    while first < min(len(new), len(large)) and lengths[new[first]] == large[first].raw:
+        found[new[first]] = large[first]
+        first += 1
+    last = 1
+    while last <= min(len(new), len(large)) - first and lengths[new[-last]] == large[-last].raw:
+        found[new[-last]] = large[-last]
+        last += 1
+    return found

@@ -17,6 +17,7 @@ from mandapa.content.copies import Copy, cuts_for_copies
 from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
 from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
+from mandapa.content.encoding import counterparts
 from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
@@ -39,7 +40,6 @@ from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["Upload"]
 
-_COUNTERPART = 64 << 10  # a shorter chunk is likely to be a group of tensors, or a header
 _EMPTY = digest(b"")
 _GROUP = 2048  # files of which the rows are made together
 _SMALL_BYTES = 4 << 20  # of small files that are held until their chunks are looked up together
@@ -566,32 +566,6 @@ class Upload:
             raise ClosedError("this upload is closed")
         if self._pid != os.getpid():
             raise ClosedError("this upload belongs to the process that forked this one: make one here")
-
-
-def counterparts(cuts: Sequence[int], old: Sequence[Piece]) -> list[Piece | None]:
-    """For each chunk between ``cuts`` the chunk of an earlier version that is likely to be the same tensor's.
-
-    Chunks of 64 KiB and more are paired from the front as long as their lengths are equal, and the rest likewise from
-    the back: what was added, dropped or reshaped in between has no counterpart.
-
-    Example:
-        >>> old = [Piece(b"", 0, 0, raw, 0, bytes([raw >> 16])) for raw in (1 << 16, 3 << 16, 2 << 16)]
-        >>> [one and one.hash[0] for one in counterparts([7 << 16, 10 << 16, 12 << 16], old)]
-        [None, 3, 2]
-    """
-    found: list[Piece | None] = [None] * len(cuts)
-    lengths = [end - start for start, end in zip([0, *cuts], cuts, strict=False)]
-    new = [i for i, length in enumerate(lengths) if length >= _COUNTERPART]
-    large = [piece for piece in old if piece.raw >= _COUNTERPART]
-    first = 0
-    while first < min(len(new), len(large)) and lengths[new[first]] == large[first].raw:
-        found[new[first]] = large[first]
-        first += 1
-    last = 1
-    while last <= min(len(new), len(large)) - first and lengths[new[-last]] == large[-last].raw:
-        found[new[-last]] = large[-last]
-        last += 1
-    return found
 
 
 def _name(source: str | _Start | bytes | None) -> str:

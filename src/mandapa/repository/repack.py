@@ -11,11 +11,12 @@ import msgspec
 
 from mandapa.content.codecs import PLANES, RAW, ZSTD, encode
 from mandapa.content.edit import TreeRoot, edit_tree
+from mandapa.content.encoding import counterparts
 from mandapa.content.fetch import Wave, pieces_of
 from mandapa.content.index import Index, Piece
 from mandapa.content.reader import AssetFile
 from mandapa.content.tree import Located, Tree
-from mandapa.content.upload import Upload, counterparts
+from mandapa.content.upload import Upload
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import BASES_MAX, UrlRow
 from mandapa.format.records import FenceOp, Op, Record, RepackOp

@@ -84,6 +84,8 @@ def test_a_run_without_backend_has_nothing_to_wait_for(cli: Any) -> None:
         "path": str(cli.folder / "mandapa-runs/net"),
         "attempt": 1,
         "live": [],
+        "held": 0,
+        "memory_bytes": 0,
         "uploading": False,
         "backends": [],
         "committed": True,

@@ -182,7 +182,7 @@ def test_containers_are_sound(store, new):
     kinds = set()
     for key, data in containers(store).items():
         kinds.add(key.split("/")[0])
-        assert len(data) <= 24 * MIB
+        assert len(data) <= 20 * MIB
         for entry in read_pack_table(data, key=key):
             stored = data[entry.offset : entry.offset + entry.stored]
             assert digest(decode(entry.codec, stored, entry.raw)) == entry.hash

@@ -517,7 +517,7 @@ def look_for_secrets(lab: Lab, *more: bytes) -> None:
 # -- reading back ------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_of_twenty_checkpoints_is_fetched_alone(lab, gate):
+def test_the_newest_of_twenty_checkpoints_is_fetched_alone(lab, gate, monkeypatch):
     """Its bytes and little more travel, for whoever reads the version and for a run that goes on elsewhere."""
     size = 1 << 20
     with Run("net", loggers=[lab.logger(), CheckpointSaver(format="safetensors")], dir=lab.runs) as run:
@@ -533,6 +533,7 @@ def test_the_newest_of_twenty_checkpoints_is_fetched_alone(lab, gate):
     assert sum(store.requests.values()) < 20
 
     gate.open(lab.server)
+    monkeypatch.setenv("MANDAPA_CACHE_SIZE", "0")  # elsewhere nothing is at hand
     with Run("net", loggers=[lab.logger(gate.url)], dir=lab.folder / "elsewhere", resume="must") as run:
         found = run.latest_checkpoint()
         before = gate.received

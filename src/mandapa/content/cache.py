@@ -136,9 +136,12 @@ class ChunkCache:
 
     def _look(self, size: int) -> None:
         """See how much room there is, and make some; not again for a while where ``size`` bytes have none."""
-        now = self._clock()
-        if now < self._next_look <= now + _PAUSE or not self._looking.acquire(blocking=False):
-            return
+        with self._looking:
+            now = self._clock()
+            if size > self._room and not now < self._next_look <= now + _PAUSE:
+                self._look_now(size, now)
+
+    def _look_now(self, size: int, now: float) -> None:
         try:
             entries = sorted(self._entries(now))
             total = sum([entry.size for entry in entries])
@@ -156,8 +159,6 @@ class ChunkCache:
             self._room = max(0, min(share, 28 * share - total))
         except OSError:
             self._room = 0
-        finally:
-            self._looking.release()
         if self._room < size:
             self._next_look = now + _PAUSE
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mandapa.content.cache import ChunkCache
-from mandapa.content.codecs import Effort, Encoded, encode
+from mandapa.content.codecs import RAW, Effort, Encoded, encode
 from mandapa.content.fetch import Wave
 from mandapa.content.index import Piece
 from mandapa.content.link import Link, Mode
@@ -50,6 +50,8 @@ class Encoder:
         self._cache = cache
         self._cores = cores
         self._puts = puts
+        if not self.leaves_floats:
+            import numpy as np  # noqa: F401 - now, before packs take their memory: its own cannot be refused
 
     @property
     def leaves_floats(self) -> bool:
@@ -71,7 +73,10 @@ class Encoder:
         result = []
         for one, several in zip(chunks, bases, strict=True):
             started = self._link.clock()
-            encoded = encode(one.data, effort, [raw.get(piece) for piece in several])
+            try:
+                encoded = encode(one.data, effort, [raw.get(piece) for piece in several])
+            except MemoryError:  # under a limit; the packs have their memory
+                encoded = Encoded(RAW, one.data)
             self._link.coded(effort, len(one.data), self._link.clock() - started)
             if self._cache is not None and effort in ("planes", "dense"):  # a delta to it may be worth while
                 self._cache.put(one.hash, one.data)

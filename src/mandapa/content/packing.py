@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 _SMALL = 64 << 10  # chunks of fewer raw bytes may go beside the manifest nodes
 _META_CHUNKS = 4 << 20  # bytes of chunks beside the nodes of a container; later ones go into packs
 _TARGET = 16 << 20  # a container of this many bytes is closed
-_CAPACITY = 24 << 20  # and none is filled above this
+_CAPACITY = 20 << 20  # and none is filled above this
 _ENTRY = 48
 _BUFFER = 4 << 20  # bytes of chunks that are hashed and encoded by one call
 
@@ -84,7 +84,7 @@ class Packer:
     """Puts chunks and nodes into new containers; each container is one ``put``, made while the next one is filled.
 
     For one thread. The containers are a function of what was added and in what order, not of ``threads``. Holds at most
-    ``threads`` + 2 packs and one meta container of 24 MiB each; their memory is used again, as fresh pages cost more
+    ``threads`` + 2 packs and one meta container of 20 MiB each; their memory is used again, as fresh pages cost more
     than the copy into them. A store must not keep the buffer that it was given after ``put`` has returned.
 
     Args:

@@ -73,7 +73,7 @@ class Upload:
 
     A chunk is stored only if it is not in this upload yet, not reached from a node given to `seed`, not in the asset's
     base row, and not known to the index. The bytes that are hashed are the bytes that are uploaded. Rows may be used
-    once `flush` has returned. Memory: about (``threads`` + 2) * 24 MiB, and what the rows take.
+    once `flush` has returned. Memory: about (``threads`` + 2) * 20 MiB, and what the rows take.
 
     For one thread, and for the process that made it: elsewhere `ClosedError`. What it stores is a function of what was
     added in what order, not of ``threads``.

@@ -385,6 +385,7 @@ def main(arguments: list[str]) -> int:
     config = b"" if sys.stdin is None else sys.stdin.buffer.read()
     with suppress(OSError):
         os.nice(_NICE)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy makes room for as many threads; none is needed here
     try:
         directory = RunDirectory(path)
         lock = directory.uploader_lock()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from mandapa.content.codecs import DELTA
+from mandapa.content.codecs import DELTA, required
 from mandapa.content.fetch import pieces_of
 from mandapa.errors import InvalidInputError, NotFoundError
 from mandapa.format.records import FenceOp
@@ -76,6 +76,21 @@ def test_a_version_made_after_it_shares_what_was_repacked(repo):
     assert txn.version is not None
     assert txn.version.added < 3000
     assert fsck(repo, deep=True).findings == []
+
+
+def test_what_a_version_shares_with_the_one_before_is_required_too(repo):
+    """A file that did not change is named where the version before has it now, with the features that this takes."""
+    with repo.artifact("m").transaction() as txn:
+        txn.add_bytes("other", series(1)[0])
+    repo.artifact("m").repack()
+    for version in repo.artifact("m").versions():
+        used = {
+            one.codec
+            for located in version.rows()
+            for piece in pieces_of(located, repo.reader.load)
+            for one in piece.chain()
+        }
+        assert required(used) <= set(version.requires), version
 
 
 def test_what_changed_since_the_plan_is_left_alone(repo):

@@ -218,7 +218,9 @@ class _Repack:
 
             def build(state: ArtifactState) -> Iterable[Op]:
                 self._check(state, upload)
-                yield RepackOp(number, self._version.root, address_of(root.address), sorted(upload.requires))
+                # What it has from the version before is there as that one has it.
+                requires = upload.requires.union(() if self._before is None else self._before.requires)
+                yield RepackOp(number, self._version.root, address_of(root.address), sorted(requires))
 
             try:
                 log.append(repo.author.new_id().hex(), build, repo.author, since=since, on_record=self._notice)

@@ -16,7 +16,7 @@ Mode: TypeAlias = Literal["raw", "auto", "dense"]
 _COUNTS = 1 << 20  # bytes: what a smaller put takes says nothing of the link
 _WEIGHT = 0.3  # of the newest measurement
 _NEAR = 4.0  # times faster than it seemed: a disk that others use as well, and that is as fast as memory later
-_SPARE = 0.5  # of what coding could do: the client and everybody else need the cores, too
+_SPARE = 0.35  # of what coding could do: the client and everybody else need the cores, too
 _SPEEDS: dict[Effort, float] = {"planes": 9e8, "dense": 1.5e8}
 
 

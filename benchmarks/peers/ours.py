@@ -94,7 +94,7 @@ class Repacked(Mandapa):
 
     def commit(self, number: int) -> None:
         super().commit(number)
-        done = run_quietly("mandapa", "repack", "bench", "--repo", str(self.store))
+        done = run_quietly("mandapa", "repack", "bench", "--yes", "--repo", str(self.store))
         if done.returncode:
             raise RuntimeError(f"mandapa repack: {done.stderr}")
 

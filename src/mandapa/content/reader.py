@@ -5,21 +5,17 @@ from __future__ import annotations
 import io
 import os
 import threading
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
 from typing import TypeAlias
 
-import msgspec
-
 from mandapa.content.cache import ChunkCache
-from mandapa.content.fetch import Wave, chain_size, pieces_of, windows
-from mandapa.content.index import Piece
+from mandapa.content.fetch import Wave, chain_size, windows
+from mandapa.content.ranges import Layout, Span
 from mandapa.content.tree import Located
 from mandapa.errors import ClosedError, CorruptionError, InvalidInputError, NotFoundError
-from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, UrlRow
+from mandapa.format.manifest import Node, NodeAddress, UrlRow
 from mandapa.object_store.base import Buffer, ObjectStore
 
 __all__ = ["AssetFile"]
@@ -30,7 +26,6 @@ _AHEAD = 96 << 20  # bytes that may be fetched ahead at a time, bases of deltas 
 _MOVES = 3
 
 _Chunks: TypeAlias = dict[int, Buffer]
-_Span: TypeAlias = tuple[int, Piece]
 
 
 class AssetFile(io.RawIOBase):
@@ -87,7 +82,7 @@ class AssetFile(io.RawIOBase):
         self._lock = threading.RLock()
         self._ahead_end = 0
         self._kept_bytes = 0
-        self._layout = _Layout(located, load)
+        self._layout = Layout(located, load)
 
     def readable(self) -> bool:
         """True."""
@@ -185,7 +180,7 @@ class AssetFile(io.RawIOBase):
         row = located.row
         if isinstance(row, UrlRow) or row.digest != self._digest:
             raise CorruptionError(f"{self.name} is another file now")
-        self._layout = _Layout(located, self._load)
+        self._layout = Layout(located, self._load)
         self._ahead.clear()
         self._ahead_end = 0
         self._kept.clear()
@@ -206,7 +201,7 @@ class AssetFile(io.RawIOBase):
                 view[at - offset : at - offset + len(part)] = part
                 at += len(part)
 
-    def _chunks(self, spans: list[_Span]) -> _Chunks:
+    def _chunks(self, spans: list[Span]) -> _Chunks:
         found: _Chunks = {}
         missing = []
         for span in spans:
@@ -239,7 +234,7 @@ class AssetFile(io.RawIOBase):
             while self._kept_bytes > _KEPT and len(self._kept) > 2:
                 self._kept_bytes -= len(self._kept.popitem(last=False)[1])
 
-    def _fetch(self, spans: list[_Span]) -> _Chunks:
+    def _fetch(self, spans: list[Span]) -> _Chunks:
         found: _Chunks = {}
         for window in windows(spans, lambda span: span[1]):
             wave = Wave(self._store, [piece for _, piece in window], lambda _: self.name, self._cache)
@@ -267,39 +262,3 @@ class AssetFile(io.RawIOBase):
             if spans:
                 self._ahead.update(dict.fromkeys([start for start, _ in spans], self._pool.submit(self._fetch, spans)))
         self._ahead_end = stop
-
-
-class _Layout:
-    """Which chunks hold which bytes; parts of a large file are loaded when their bytes are asked for."""
-
-    def __init__(self, located: Located, load: Callable[[NodeAddress], Node]) -> None:
-        row, table = located
-        assert not isinstance(row, UrlRow)
-        self._load = load
-        self._parts: list[Located]
-        if isinstance(row, LargeFileRow):
-            self._parts = [Located(msgspec.structs.replace(row, parts=(part,)), table) for part in row.parts]
-            self._ends = list(accumulate([part.raw for part in row.parts]))
-        else:
-            self._parts = [located]
-            self._ends = [row.size]
-        self._spans: dict[int, tuple[list[int], list[Piece]]] = {}
-
-    def chunks(self, begin: int, end: int) -> list[_Span]:
-        """The chunks that hold ``[begin, end)``, each with the offset of its first byte; ``end`` is above ``begin``."""
-        found: list[_Span] = []
-        for i in range(bisect_right(self._ends, begin), bisect_left(self._ends, end) + 1):
-            starts, pieces = self._part(i)
-            first = max(bisect_right(starts, begin) - 1, 0)
-            last = bisect_left(starts, end)
-            found += zip(starts[first:last], pieces[first:last], strict=True)
-        return found
-
-    def _part(self, i: int) -> tuple[list[int], list[Piece]]:
-        part = self._spans.get(i)
-        if part is None:
-            pieces = list(pieces_of(self._parts[i], self._load))
-            start = self._ends[i - 1] if i else 0
-            starts = list(accumulate([piece.raw for piece in pieces], initial=start))
-            part = self._spans[i] = (starts[:-1], pieces)
-        return part

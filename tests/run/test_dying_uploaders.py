@@ -36,10 +36,12 @@ from mandapa.run.journal import (
     Started,
     UrlEntry,
 )
+from mandapa.run.launch import join
 from mandapa.run.limits import Limits
 from mandapa.run.logger import BackendSpec
 from mandapa.run.outbox import Outbox
 from mandapa.run.repository_backend import RepositoryBackend
+from mandapa.run.resume import newest_local
 from mandapa.run.troubles import Troubles
 from mandapa.run.uploader import Uploader
 from mandapa.testing.faults import Crash, CrashingObjectStore, FaultyObjectStore
@@ -77,7 +79,8 @@ def stores(monkeypatch):
 class Trainer:
     """What a training process does, without a process: it hands over, and then it is dead."""
 
-    def __init__(self, path, *, attempt=1, keys=(KEY,)):
+    def __init__(self, path, *, attempt=1, keys=(KEY,), specs=None):
+        self.specs = specs or {}
         self.directory = RunDirectory(path, NAME)
         self.directory.rank_lock(0).take()
         self.directory.rank_lock(0).release()  # it has been here, and is dead
@@ -85,9 +88,30 @@ class Trainer:
         self.outbox = Outbox(
             self.directory, 0, self.keys, uploader=None, limits=Limits(), troubles=Troubles(strict=True)
         )
-        self.outbox.begin(attempt, launch=f"launch-{attempt}", local_ranks=[0], base={}, fresh=False)
+        base = {} if attempt == 1 else self.join().base
+        self.outbox.begin(attempt, launch=f"launch-{attempt}", local_ranks=[0], base=base, fresh=False)
         self._work = Path(path, "work")
         self._work.mkdir(exist_ok=True)
+
+    def join(self):
+        """What this life goes on from, when its uploader has just asked the store."""
+        specs = {key: self.specs[key] for key in self.keys if key in self.specs}
+        opened = {}
+        for key, spec in specs.items():
+            backend = RepositoryBackend(spec, self.directory, lambda line: None)
+            backend.open()
+            opened[key] = backend.facts["opened"]
+        settled = {key: progress.look().any for key, progress in self.outbox.progress.items()}
+        found = newest_local(self.directory, 0, ())
+        return join(
+            self.directory,
+            self.outbox.begun,
+            local_world=1,
+            opened=opened,
+            settled=settled,
+            local_step=found and found.step,
+            fresh=False,
+        )
 
     def bytes(self, at, data):
         return self.outbox.bytes(at, data, self.keys)
@@ -286,6 +310,27 @@ def die_at_line(directory, spec, turn, kind):
         patch.setattr(Journal, "append", dying)
         commit(directory, spec)
     return written[-1]
+
+
+@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("turn", [1, 2, 3])
+def test_the_next_life_goes_on_from_the_last_version(life, place, stores, turn, noted):
+    """Trainer and uploader die at a commit, whether it was noted or not: no later version lacks what was committed."""
+    directory, expected = life
+    store = MemoryObjectStore()
+    spec = stores.spec(store)
+    before, _ = die_at_line(directory, spec, turn, Made)
+    if not noted:
+        os.truncate(directory.outcomes(KEY), before)
+    again = Trainer(directory.path, attempt=2, specs={KEY: spec})
+    again.bytes("notes/2.txt", b"once more")
+    again.die()
+    commit(directory, spec)
+    *former, _ = versions(store)[NAME]
+    assert former == expected[NAME]
+    newest = Repository(store, threads=0)[NAME]
+    assert newest.open("checkpoint/state.bin").read() == state(6)
+    assert newest.parent == len(former) - 1
 
 
 # -- the journal of a rank ---------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def join(
         own: How this rank began before.
         local_world: Ranks on this machine.
         opened: Backend -> what its store knows of the run.
-        settled: Backend -> whether this directory has committed to it before.
+        settled: Backend -> whether this directory has begun to commit to it before.
         local_step: Of the newest whole checkpoint in the directory.
         fresh: Begin with an empty folder.
 

@@ -20,7 +20,7 @@ class Progress:
         self.newest = ""
         """The address of the newest version of the run's folder."""
         self.any = False
-        """Whether it has committed anything for the run's folder."""
+        """Whether it has begun to commit to the run's folder: a record may stand in the store of which nothing is noted."""
 
     def look(self) -> Progress:
         """Read what is new."""
@@ -28,6 +28,7 @@ class Progress:
         for line in self._reader.new():
             if isinstance(line, Started):
                 self._started = line
+                self.any |= line.folder and not line.early
                 continue
             started, self._started = self._started, None
             if isinstance(line, Refused):
@@ -41,7 +42,6 @@ class Progress:
                 done.add(self.done.stretches())
             done.add(started.batch)
             self._versions.append((batch, line.version))
-            self.any |= started.folder
             if started.folder and line.version:
                 self.newest = line.version
         if done is not None:

@@ -20,7 +20,7 @@ class Progress:
         self.newest = ""
         """The address of the newest version of the run's folder."""
         self.any = False
-        """Whether it has begun to commit to the run's folder: a record may stand in the store of which nothing is noted."""
+        """Whether it has begun to commit to the run's folder: what stands in the store may not be noted yet."""
 
     def look(self) -> Progress:
         """Read what is new."""

@@ -32,6 +32,9 @@ State = TypeVar("State", bound=LogState)
 HEAD_EVERY = 64
 """A head is written when a 64th of the log came after the last one, 64 records at most: a constant price a commit."""
 
+HEAD_PAYS = 3
+"""A head takes two requests at least: of fewer records than this each is read by itself."""
+
 ATTEMPTS = 40
 """Tries at one slot that stays empty before the store is given up; with back-off about two minutes."""
 
@@ -91,6 +94,8 @@ class Log(Generic[State]):
         self.records: list[Record] = []
         self.lines: list[bytes] = []
         self.state = self._new_state()
+        self.seen: tuple[int, datetime] | None = None
+        """How many records a listing showed last, and when the last of them was put: for `read_logs`."""
 
     def _held(self) -> threading.RLock:
         """The lock; a forked child gets a new one and an empty log: a thread of its parent may have been at work."""
@@ -125,6 +130,55 @@ class Log(Generic[State]):
                     return self.state
             self._read_listed()
             return self.state
+
+    def preload(self, lines: Iterable[bytes], *, head: int) -> None:
+        """Take records that this machine kept, each checked as if it came from the store; nothing if some were read.
+
+        That they still are the store's is for the caller to know. ``head``: how many of them a head held. No request.
+
+        Raises:
+            CorruptionError, FormatVersionError: From a line; then none was taken.
+        """
+        with self._held():
+            if self.records:
+                return
+            try:
+                for line in lines:
+                    self._take(line)
+            except (CorruptionError, FormatVersionError):
+                self._reset()
+                raise
+            self._head = head
+
+    def read_to(self, count: int, *, threads: int) -> State:
+        """Read on until ``count`` records are known, which a listing has shown, and give the state there.
+
+        One request for each record that is not known; of a log of which none is, those of a head at most.
+
+        Raises:
+            CorruptionError, FormatVersionError: As `refresh`.
+        """
+        with self._held():
+            if not self.records and self._heads and count > HEAD_PAYS:
+                self._read_head()
+            keys = [self._key(at) for at in range(len(self.records), count)]
+            try:
+                for data in in_order(self._store.get, keys, threads=threads):
+                    self._take(data)
+            except NotFoundError as error:
+                raise CorruptionError(f"a record that a listing showed is missing: {error}") from None
+            return self.state
+
+    def forget(self) -> None:
+        """Know no record any more: the store is not the one that they were read from."""
+        with self._held():
+            self._reset()
+            self._head = 0
+
+    @property
+    def head(self) -> int:
+        """How many records the newest head holds that is known."""
+        return self._head
 
     def append(
         self,
@@ -226,12 +280,13 @@ class Log(Generic[State]):
             gap = next((at for at, key in enumerate(keys, known) if key != self._key(at)), None)
             if gap is not None:
                 # A folder that grows while it is listed may show a record and not the one before it.
-                self._check_there(gap, keys[gap - known])
+                self.check_there(gap, keys[gap - known])
                 keys[gap - known :] = [self._key(gap)]
             for data in in_order(self._store.get, keys, threads=self._threads):
                 self._take(data)
 
-    def _check_there(self, at: int, shown: str) -> None:
+    def check_there(self, at: int, shown: str) -> None:
+        """Raise `CorruptionError` unless record ``at`` is there, which a listing left out; ``shown`` came after it."""
         try:
             self._store.head(self._key(at))
         except NotFoundError:

@@ -31,6 +31,7 @@ from mandapa.object_store.retry import RetryingObjectStore
 from mandapa.object_store.single_writer import SingleWriterObjectStore
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.log import Author, Log, create_once
+from mandapa.repository.shelf import Shelf
 from mandapa.repository.state import ArtifactState, CatalogState
 from mandapa.repository.version import Version
 
@@ -87,6 +88,10 @@ class Repository:
             self.store = SingleWriterObjectStore(patient)
             self.catalog = Log(self.store, CATALOG, CatalogState, threads=threads)
         self.index = Index(cache_dir, repository=self.id, url=store.url)
+        self.kept_logs = Shelf(cache_dir, "logs", repository=self.id, url=store.url)
+        """What this machine knows of the logs; see `read_logs`."""
+        self.kept_nodes = Shelf(cache_dir, "nodes", repository=self.id, url=store.url)
+        """What this machine knows of manifests; see `Reach`."""
         near = store.url.startswith(("file:", "memory:"))
         self.link = Link(near=near)
         """What was measured of the way to the store."""

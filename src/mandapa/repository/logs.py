@@ -1,0 +1,197 @@
+"""All logs of a repository with few requests: a listing tells which have moved, the rest is known on this machine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from mandapa.content.parallel import in_order
+from mandapa.errors import CorruptionError, FormatVersionError
+from mandapa.format.keys import log_key, log_prefix, parse_seq
+from mandapa.repository.log import Log
+from mandapa.repository.shelf import Kept
+from mandapa.repository.state import ArtifactState
+
+if TYPE_CHECKING:
+    from mandapa.object_store.base import ObjectInfo
+    from mandapa.repository.repository import Repository
+
+__all__ = ["LogFacts", "keep_logs", "read_logs"]
+
+_PREFIX = "log/"
+_SEGMENTS = 8
+"""Rows of one log on the shelf; when there would be more they become one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogFacts:
+    """One artifact that the catalog has ever registered."""
+
+    id: str
+    name: str | None
+    """None when it was removed."""
+    log: Log[ArtifactState]
+    """Read to its tail."""
+    times: dict[int, datetime]
+    """Number of a record -> when the store got it, by the store's clock, from the same listing."""
+
+
+class _Segment(msgspec.Struct, array_like=True, frozen=True):
+    """Some records of one log as they are kept, from the number in their key on."""
+
+    lines: list[bytes]
+    seen: tuple[int, datetime]
+    """How many of the log's records a listing showed last, and when the last of them was put."""
+    head: int
+    """How many a head held."""
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Segment).decode
+
+
+def read_logs(repo: Repository) -> list[LogFacts]:
+    """Every artifact that the catalog has ever registered, its log read to the tail, sorted by id.
+
+    A record that the store got before the call is seen. Costs one request for each 1,000 records that there are, to
+    list them all; one for the catalog; and for each log that has moved since this machine read it one for each new
+    record. A log that it never read costs one for each record, or, with a head, two and one for each record after it.
+
+    What this machine knows is believed if the listing shows as many records, the last with the size and the time that
+    it had; each is checked as if it came from the store. `Repository.log` gives the same logs: to append to one needs
+    no reading.
+
+    Raises:
+        CorruptionError: A record is missing, altered, or does not follow from those before it.
+        FormatVersionError: A record needs a newer mandapa.
+    """
+    catalog = repo.catalog.refresh()
+    names = {artifact: name for name, artifact in catalog.names.items()}
+    ids = sorted([*names, *catalog.removed])
+    logs = [repo.log(id_) for id_ in ids]
+    before = [len(log.records) for log in logs]
+    kept = repo.kept_logs.read()
+    listed = _listed(repo)
+    known = _segments(kept)
+    moved = []
+    for log, count in zip(logs, before, strict=True):
+        infos = listed.get(log.id, [])
+        # Of what was read just now, without a listing, nothing but the size is known.
+        if count and not _same(log.lines[:count], log.seen or (count, None), infos):
+            log.forget()
+        if not log.records:
+            _preload(log, known.get(log.id, []), infos)
+        if len(log.records) < len(infos):
+            moved.append((log, len(infos)))
+    # Several logs at once, each record after record; or one log with several records at once.
+    outer, inner = (repo.threads, 0) if len(moved) > 1 else (0, repo.threads)
+    for _ in in_order(lambda one: one[0].read_to(one[1], threads=inner), moved, threads=outer):
+        pass
+    facts = []
+    for log in logs:
+        infos = listed.get(log.id, [])
+        log.seen = (len(infos), infos[-1].last_modified) if infos else None
+        times = {seq: info.last_modified for seq, info in enumerate(infos)}
+        facts.append(LogFacts(log.id, names.get(log.id), log, times))
+    _keep(repo, kept, known, logs)
+    return facts
+
+
+def keep_logs(repo: Repository) -> None:
+    """Remember on this machine what was read of logs, and appended to them, since `read_logs`. No request.
+
+    Optional: without it the next `read_logs` reads what was appended since.
+    """
+    kept = repo.kept_logs.read()
+    catalog = repo.catalog.state
+    _keep(repo, kept, _segments(kept), [repo.log(id_) for id_ in [*catalog.names.values(), *catalog.removed]])
+
+
+def _listed(repo: Repository) -> dict[str, list[ObjectInfo]]:
+    """Artifact id -> the objects of its records, as one listing shows them; keys that are none of a record are ignored.
+
+    What comes after a gap is left out, when the record in the gap is there: a folder that grows while it is listed may
+    show a record and not the one before it.
+    """
+    found: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
+    gaps: set[str] = set()
+    for info in repo.store.list(_PREFIX):
+        id_, _, _ = info.key[len(_PREFIX) :].partition("/")
+        seq = parse_seq(info.key)
+        if seq is None or id_ in gaps or info.key != log_key(id_, seq):
+            continue
+        if seq != len(found[id_]):
+            gaps.add(id_)
+            continue
+        found[id_].append(info)
+    for id_ in gaps:
+        repo.log(id_).check_there(len(found[id_]), log_prefix(id_))
+    return found
+
+
+def _same(lines: Sequence[bytes], seen: tuple[int, datetime | None], infos: Sequence[ObjectInfo]) -> bool:
+    """Whether known records are those of a listing: by the time of the last that one showed, and the sizes after it."""
+    count, time = seen
+    if not 0 < count <= len(lines) <= len(infos) or (time is not None and infos[count - 1].last_modified != time):
+        return False
+    return all(infos[at].size == len(lines[at]) for at in range(count - 1, len(lines)))
+
+
+def _segments(kept: Kept) -> dict[str, list[tuple[bytes, _Segment]]]:
+    """Artifact id -> (key, segment) in order."""
+    found: defaultdict[str, list[tuple[bytes, _Segment]]] = defaultdict(list)
+    for key in sorted(kept.rows):
+        try:
+            found[key[:16].hex()].append((key, _decode(kept.rows[key])))
+        except msgspec.MsgspecError:
+            continue  # of another mandapa
+    return found
+
+
+def _preload(log: Log[ArtifactState], segments: Iterable[tuple[bytes, _Segment]], infos: Sequence[ObjectInfo]) -> None:
+    """Let a log know what this machine knows of it, if that is what the listing shows."""
+    lines: list[bytes] = []
+    last: _Segment | None = None
+    for key, segment in segments:
+        if int.from_bytes(key[16:], "big") != len(lines):
+            return
+        lines += segment.lines
+        last = segment
+    if last is None or not _same(lines, last.seen, infos):
+        return
+    try:
+        log.preload(lines, head=last.head)
+    except (CorruptionError, FormatVersionError):
+        return  # the store may hold better ones, or says the same
+
+
+def _keep(
+    repo: Repository,
+    kept: Kept,
+    known: dict[str, list[tuple[bytes, _Segment]]],
+    logs: Sequence[Log[ArtifactState]],
+) -> None:
+    put: dict[bytes, bytes] = {}
+    drop: list[bytes] = []
+    for log in logs:
+        segments = known.pop(log.id, [])
+        # Of a log that no listing showed it could not be told later whether it is the same.
+        lines = log.lines[:] if log.seen else []
+        done = sum([len(segment.lines) for _, segment in segments])
+        same = bool(segments) and [line for _, segment in segments for line in segment.lines] == lines[:done]
+        if same and done == len(lines) and segments[-1][1].seen == log.seen:
+            continue
+        if not same or len(segments) >= _SEGMENTS or done == len(lines):
+            drop += [key for key, _ in segments]
+            done = 0
+        if log.seen is not None and len(lines) > done:
+            key = bytes.fromhex(log.id) + done.to_bytes(8, "big")
+            put[key] = _encode(_Segment(lines[done:], log.seen, log.head))
+    drop += [key for segments in known.values() for key, _ in segments]
+    if put or drop:
+        repo.kept_logs.write(kept, put, [key for key in drop if key not in put])

@@ -12,6 +12,7 @@ from mandapa.content.fetch import pieces_of
 from mandapa.errors import InvalidInputError, NotFoundError
 from mandapa.format.records import FenceOp
 from mandapa.object_store import MemoryObjectStore
+from mandapa.repository import move as move_module
 from mandapa.repository import repack as repack_module
 from mandapa.repository.fsck import fsck
 from mandapa.repository.repack import RepackPlan
@@ -137,7 +138,7 @@ def test_what_comes_in_between(repo, monkeypatch, what):
 
     monkeypatch.setattr(repack_module, "edit_tree", between)
     monkeypatch.setattr(
-        repack_module,
+        move_module,
         "condemned_or_missing",
         lambda store, containers, threads: (set(containers) & fresh[0]) if what == "condemned" else set(),
     )

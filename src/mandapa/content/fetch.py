@@ -20,7 +20,7 @@ from mandapa.format.keys import container_key
 from mandapa.format.manifest import LargeFileRow, Node, NodeAddress, Part, UrlRow
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Request", "Room", "Wave", "chain_size", "fly", "pieces_of", "read_pieces", "windows"]
+__all__ = ["Request", "Room", "StoredWave", "Wave", "chain_size", "fly", "pieces_of", "read_pieces", "windows"]
 
 _WINDOW_BYTES = 8 << 20
 _WINDOW_PIECES = 4096
@@ -246,6 +246,17 @@ class Wave:
         return CorruptionError(f"{self._path_of(i)}: {key}, bytes {piece.offset}+{piece.stored}: {why}", key=key)
 
 
+class StoredWave(Wave):
+    """The same, but what comes out is the bytes as they are stored; what they decode to was verified all the same."""
+
+    def __init__(self, store: ObjectStore, pieces: Sequence[Piece], path_of: Callable[[int], str]) -> None:
+        super().__init__(store, pieces, path_of)  # a cache has only decoded bytes
+
+    def _finished(self, i: int, stored: memoryview | None) -> Buffer:
+        super()._finished(i, stored)
+        return self._stored[self.pieces[i]] if stored is None else stored
+
+
 def fly(
     waves: Iterable[_W], work: Callable[[_W, Request], _T], pool: ThreadPoolExecutor | None, *, most: int
 ) -> Iterator[tuple[_W, list[_T]]]:
@@ -306,9 +317,14 @@ def pieces_of(located: Located, load: Callable[[NodeAddress], Node]) -> Iterator
 
 
 def read_pieces(
-    store: ObjectStore, pieces: Iterable[Piece], *, path: str, threads: int = 4
+    store: ObjectStore,
+    pieces: Iterable[Piece],
+    *,
+    path: str,
+    threads: int = 4,
+    wave: type[Wave] | type[StoredWave] = Wave,
 ) -> Iterator[tuple[Piece, Buffer]]:
-    """Each piece with its raw bytes, verified, in the order asked for.
+    """Each piece with its raw bytes, verified, in the order asked for; with `StoredWave` with its stored bytes.
 
     Neighbours are fetched by one request of up to 16 MiB; up to ``threads`` windows of about 8 MiB are under way, and
     as many wait to be taken. ``threads=0`` fetches in the caller's thread.
@@ -317,14 +333,14 @@ def read_pieces(
         NotFoundError: A container is not there (any more).
         CorruptionError: Bytes are not those that were stored; names key and ``path``.
     """
-    waves = (Wave(store, window, lambda _: path) for window in windows(pieces, lambda piece: piece))
+    waves = (wave(store, window, lambda _: path) for window in windows(pieces, lambda piece: piece))
     begun = list(islice(waves, 2))
     pool = None
-    if threads and sum([len(wave.requests) for wave in begun]) > 1:
+    if threads and sum([len(one.requests) for one in begun]) > 1:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="mandapa-get")
     try:
-        for wave, found in fly(chain(begun, waves), lambda wave, request: wave.fetch(request), pool, most=threads):
-            yield from zip(wave.pieces, wave.in_order(found), strict=True)
+        for one, found in fly(chain(begun, waves), lambda one, request: one.fetch(request), pool, most=threads):
+            yield from zip(one.pieces, one.in_order(found), strict=True)
     finally:
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -19,10 +19,9 @@ from mandapa.content.tree import Located, Tree
 from mandapa.content.upload import Upload
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import BASES_MAX, UrlRow
-from mandapa.format.records import FenceOp, Op, Record, RepackOp
-from mandapa.repository.packs import condemned_or_missing
+from mandapa.repository.move import Move, StaleError
 from mandapa.repository.state import ArtifactState, VersionState
-from mandapa.repository.version import address_of, root_of
+from mandapa.repository.version import root_of
 
 if TYPE_CHECKING:
     from mandapa.repository.artifact import Artifact
@@ -149,10 +148,6 @@ def apply_repack(
         yield Repacked(step.version, step.stored, step.stored, "it was deleted since the plan was made")
 
 
-class _StaleError(Exception):
-    """What was prepared may not be committed; the message says why."""
-
-
 class _Stored:
     """A stored file as a source for `Upload`; any number of threads may read it."""
 
@@ -186,7 +181,6 @@ class _Repack:
         self._before = before
         self._step = step
         self._progress = progress
-        self._fenced = False
 
     def run(self) -> Repacked:
         """Store the chunks, then the manifest, then commit; or say why not."""
@@ -216,15 +210,12 @@ class _Repack:
             if stored > self._step.stored * _WORTH:
                 return self._skipped("nothing would be saved")
 
-            def build(state: ArtifactState) -> Iterable[Op]:
-                self._check(state, upload)
-                # What it has from the version before is there as that one has it.
-                requires = upload.requires.union(() if self._before is None else self._before.requires)
-                yield RepackOp(number, self._version.root, address_of(root.address), sorted(requires))
-
+            # What it has from the version before is there as that one has it.
+            requires = upload.requires.union(() if self._before is None else self._before.requires)
+            move = Move(self._version, root.address, requires, upload.fresh, self._before, upload.table)
             try:
-                log.append(repo.author.new_id().hex(), build, repo.author, since=since, on_record=self._notice)
-            except _StaleError as error:
+                move.commit(repo, log, since)
+            except StaleError as error:
                 return self._skipped(str(error))
         return Repacked(number, self._step.stored, stored)
 
@@ -250,21 +241,6 @@ class _Repack:
         root = edit_tree(repo.reader, upload, None, rows)
         upload.flush()
         return root, sum(own.values())
-
-    def _check(self, state: ArtifactState, upload: Upload) -> None:
-        """Whether the new manifest may be committed after ``state``."""
-        version, before = self._version, self._before
-        if state.closed or not state.is_live(version.op.number, version.root):
-            raise _StaleError("it was deleted or stored otherwise meanwhile")
-        stands = before is None or state.is_live(before.op.number, before.root)
-        if self._fenced or not stands:
-            doubtful = set(upload.fresh) if stands else set(upload.table)
-            if condemned_or_missing(self._repo.store, doubtful, threads=self._repo.threads):
-                raise _StaleError("a clean-up came in between: run it again")
-            self._fenced = False
-
-    def _notice(self, record: Record) -> None:
-        self._fenced = self._fenced or record.find(FenceOp) is not None
 
     def _skipped(self, why: str) -> Repacked:
         return Repacked(self._step.version, self._step.stored, self._step.stored, why)

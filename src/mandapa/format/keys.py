@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["CATALOG", "GC", "MARKER", "container_key", "head_key", "log_key", "log_prefix", "parse_seq"]
+__all__ = ["CATALOG", "GC", "MARKER", "container_key", "head_key", "log_key", "log_prefix", "may_be_swept", "parse_seq"]
 
 MARKER = "mandapa.json"
 GC = "gc/"
@@ -13,6 +13,7 @@ CATALOG = "catalog"
 
 _SEQ = re.compile(r"[0-9]{16}", re.ASCII)
 _KINDS = {b"p": "packs/", b"m": "meta/"}
+_SWEPT = re.compile(r"(?:packs|meta)/[0-9a-f]{32}|(?:tx|probe)(?:/[0-9a-z_-][0-9a-z._-]{0,254}){1,4}", re.ASCII)
 
 
 def container_key(container: bytes) -> str:
@@ -39,3 +40,8 @@ def parse_seq(key: str) -> int | None:
     """The number at the end of a record's key, or None when it is no such key."""
     tail = key.rsplit("/", 1)[-1]
     return int(tail) if _SEQ.fullmatch(tail) else None
+
+
+def may_be_swept(key: str) -> bool:
+    """Whether a gc may ever delete an object of this key."""
+    return _SWEPT.fullmatch(key) is not None

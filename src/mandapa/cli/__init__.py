@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mandapa import __version__
-from mandapa.cli import artifacts, checking, deleting, listing, names, reading, repacking, running, writing
+from mandapa.cli import artifacts, checking, deleting, listing, mirroring, names, reading, repacking, running, writing
 from mandapa.cli.demo.command import command as demo
 from mandapa.cli.failure import report
 from mandapa.cli.session import common
@@ -28,7 +28,7 @@ SECTIONS = {
     "Delete": ("delete", "undelete"),
     "Train": ("status", "sync"),
     "Check": ("fsck", "doctor"),
-    "Store": ("repack",),
+    "Store": ("repack", "mirror"),
     "Try": ("demo",),
 }
 
@@ -89,7 +89,7 @@ def main() -> None:
     """
 
 
-for _module in (writing, listing, reading, names, artifacts, deleting, running, checking, repacking):
+for _module in (writing, listing, reading, mirroring, names, artifacts, deleting, running, checking, repacking):
     for _command in _module.COMMANDS:
         main.add_command(_command)
 main.add_command(demo)

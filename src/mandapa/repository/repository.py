@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from mandapa.address import parse_address
 from mandapa.content.cache import ChunkCache
@@ -34,6 +34,9 @@ from mandapa.repository.log import Author, Log, create_once
 from mandapa.repository.shelf import Shelf
 from mandapa.repository.state import ArtifactState, CatalogState
 from mandapa.repository.version import Version
+
+if TYPE_CHECKING:
+    from mandapa.repository.mirror import Mirrored
 
 __all__ = ["Repository"]
 
@@ -190,6 +193,42 @@ class Repository:
     def settings(self) -> dict[str, Any]:
         """What is set for the whole repository. One request or more."""
         return dict(self.catalog.refresh().settings)
+
+    # -- copies elsewhere ---------------------------------------------------------------------------------------------
+
+    def mirror(
+        self,
+        destination: Repository,
+        *,
+        only: str | Sequence[str] = (),
+        progress: Callable[[int], None] | None = None,
+    ) -> Mirrored:
+        """Let another repository say of artifacts what this one says: versions with their numbers, names, facts.
+
+        Each commit is told again by one commit, in order, once all that it names is there: whatever stops it, the
+        destination shows a state that this repository was in, and the next call goes on from there. Bytes that are
+        there already are not sent again. Every chunk is decoded and compared with its hash on its way, every version's
+        digest with the record. Any number may mirror at once, beside writers and clean-ups on both sides.
+
+        A version that was deleted before it could be copied is there as a deleted version without content. Artifacts
+        that are removed here stay there. What the destination has of its own under a mirrored name is never touched:
+        that artifact is left alone, with the error in the result.
+
+        Costs five requests and one more for each 1,000 records on each side when nothing is new.
+
+        Args:
+            destination: Another repository.
+            only: Patterns (fnmatch) of the artifacts to mirror; default all.
+            progress: Called, from any thread, with the bytes of each object that was put.
+
+        Raises:
+            InvalidInputError: The destination is this repository, or a copy of its bytes.
+            NotFoundError: A pattern names no artifact.
+            StorageError: A store failed; what was done by then stays.
+        """
+        from mandapa.repository.mirror import mirror
+
+        return mirror(self, destination, only=only, progress=progress)
 
     # -- for the layers of this package -------------------------------------------------------------------------------
 

@@ -25,8 +25,8 @@ class CountingS3:
     def url(self) -> str:
         return self._store.url
 
-    def get(self, key: str) -> Buffer:
-        return self._count("GET").get(key)
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        return self._count("GET").get(key, limit=limit)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return self._count("GET").get_ranges(key, ranges)

@@ -248,6 +248,15 @@ def test_links_are_no_objects(store: LocalObjectStore, tmp_path: Path) -> None:
     assert (outside / "file").read_bytes() == b"untouched"
 
 
+def test_pipes_are_no_objects(store: LocalObjectStore, tmp_path: Path) -> None:
+    """A reader is told at once, and does not wait for somebody to write into one."""
+    store.put("a/b", b"")
+    os.mkfifo(tmp_path / "a/pipe")
+    for read in (store.get, store.head, lambda key: store.get_ranges(key, [(0, 1)])):
+        with pytest.raises(NotFoundError, match="no object"):
+            read("a/pipe")
+
+
 def test_no_key_is_the_folder_of_another(store: LocalObjectStore) -> None:
     """What a file system cannot hold is an error that says so, and not a retryable one."""
     store.put("a", b"1")

@@ -66,11 +66,11 @@ class ReadsLate(MemoryObjectStore):
         super().__init__()
         self._read: set[str] = set()
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         if key not in self._read:
             self._read.add(key)
             raise NotFoundError(key)
-        return super().get(key)
+        return super().get(key, limit=limit)
 
 
 class ReadsOld(MemoryObjectStore):

@@ -29,9 +29,9 @@ class Moody(LocalObjectStore):
         super().__init__(path)
         self._denied = denied
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         self._check()
-        return super().get(key)
+        return super().get(key, limit=limit)
 
     def create(self, key: str, data: Buffer) -> None:
         self._check()

@@ -30,7 +30,7 @@ import time
 from mandapa.object_store import LocalObjectStore
 
 class Hangs(LocalObjectStore):
-    def get(self, key):
+    def get(self, key, *, limit=None):
         time.sleep(1000)
 """
 

@@ -31,6 +31,9 @@ else:
     from backports import zstd
 
 __all__ = [
+    "GC_LIST_BYTES",
+    "HEAD_MAX",
+    "MARKER_MAX",
     "AliasOp",
     "AnnotateOp",
     "CloseOp",
@@ -69,12 +72,14 @@ _HEAD_RATIO = 1024
 _LINE_MIN = 192
 """Bytes of the shortest record, about: two ids, a seal, and what names them."""
 
-_MARKER_MAX = 4096
+MARKER_MAX = 4096
+"""Bytes of ``mandapa.json``, at most."""
 
 GC_LIST_MAX = 65_536
 """Objects in one list under ``gc/``, at most."""
 
-_GC_BYTES_MAX = 64 * GC_LIST_MAX
+GC_LIST_BYTES = 64 * GC_LIST_MAX
+"""Bytes of such a list, at most."""
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 
@@ -417,7 +422,7 @@ def decode_marker(data: bytes | bytearray | memoryview, *, key: str) -> Marker:
         CorruptionError: Not a marker.
         FormatVersionError: Of another format, or another hash.
     """
-    if len(data) > _MARKER_MAX:
+    if len(data) > MARKER_MAX:
         raise CorruptionError(f"{key} is not the marker of a repository: {len(data)} bytes", key=key)
     try:
         marker = msgspec.convert(read_json(bytes(data), key=key), Marker)
@@ -461,7 +466,7 @@ def decode_gc_list(data: bytes | bytearray | memoryview, *, key: str) -> GcList:
         CorruptionError: The seal or a member is wrong, or it names an object that no gc may delete.
         FormatVersionError: Another format, or members that a newer mandapa wrote.
     """
-    body, _ = open_sealed(data, key=key, limit=_GC_BYTES_MAX)
+    body, _ = open_sealed(data, key=key, limit=GC_LIST_BYTES)
     try:
         found = msgspec.json.decode(body, type=GcList)
     except msgspec.ValidationError as error:

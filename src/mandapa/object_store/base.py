@@ -42,8 +42,12 @@ class ObjectStore(Protocol):
         """Where the root is, without credentials: stable, fit for messages and as the key of caches."""
         ...
 
-    def get(self, key: str) -> Buffer:
-        """The whole object. One request. Raises `NotFoundError`."""
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        """The whole object. One request. Raises `NotFoundError`.
+
+        One of more than ``limit`` bytes raises `CorruptionError`, before memory is taken for it: a reader knows how large
+        what it reads may be, and not who wrote it.
+        """
         ...
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:

@@ -25,7 +25,7 @@ from mandapa.errors import (
 )
 from mandapa.object_store.base import Buffer, ObjectInfo
 from mandapa.object_store.cloud_errors import translate
-from mandapa.object_store.keys import check_key, check_prefix, check_ranges
+from mandapa.object_store.keys import check_key, check_prefix, check_ranges, check_size
 
 if TYPE_CHECKING:
     from obstore.store import AzureStore, ClientConfig, GCSStore, RetryConfig, S3Store
@@ -74,12 +74,23 @@ class CloudObjectStore:
         """``<scheme>://<container>/<prefix>``; where the endpoint is, and who asks, are not part of it."""
         return f"{self._scheme}://{self._container}" + (f"/{self._prefix}" if self._prefix else "")
 
-    def get(self, key: str) -> Buffer:
-        """The whole object, not copied. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`."""
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        """The whole object; without a limit it is not copied. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`.
+
+        And `CorruptionError` above ``limit``: by the reply's header, and by what comes, whatever the header said.
+        """
         import obstore
 
         with self._asking("read", check_key(key)) as client:
-            return memoryview(obstore.get(client, key).bytes())
+            found = obstore.get(client, key)
+            if limit is None:
+                return memoryview(found.bytes())
+            check_size(key, found.meta["size"], limit)
+            data = bytearray()
+            for piece in found.stream():
+                check_size(key, len(data) + len(piece), limit)
+                data += piece
+            return data
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """The bytes of each range; those within 16 KiB of each other share a request.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mandapa.errors import InvalidInputError
+from mandapa.errors import CorruptionError, InvalidInputError
 
-__all__ = ["check_key", "check_prefix", "check_ranges", "is_segment"]
+__all__ = ["check_key", "check_prefix", "check_ranges", "check_size", "is_segment"]
 
 MAX_KEY_BYTES = 512
 """Leaves room for a root's own prefix within the 1,024 bytes that S3, GCS and Azure allow."""
@@ -61,3 +61,13 @@ def check_ranges(ranges: Sequence[tuple[int, int]]) -> None:
     for offset, length in ranges:
         if offset < 0 or length < 0:
             raise InvalidInputError(f"range ({offset}, {length}): offset and length must not be negative")
+
+
+def check_size(key: str, size: int, limit: int | None) -> None:
+    """Nothing, when an object of ``size`` bytes may be read whole.
+
+    Raises:
+        CorruptionError: it is larger than ``limit``.
+    """
+    if limit is not None and size > limit:
+        raise CorruptionError(f"{key}: {size} bytes, more than the {limit} that the format allows", key=key)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
-from stat import S_ISDIR
+from stat import S_ISDIR, S_ISREG
 
 from mandapa.errors import (
     AccessDeniedError,
@@ -20,12 +20,13 @@ from mandapa.errors import (
     StorageError,
 )
 from mandapa.object_store.base import Buffer, ObjectInfo
-from mandapa.object_store.keys import check_key, check_prefix, check_ranges, is_segment
+from mandapa.object_store.keys import check_key, check_prefix, check_ranges, check_size, is_segment
 
 __all__ = ["LocalObjectStore"]
 
 _TEMP = ".tmp"  # on the objects' own file system, and no key: segments do not start with a dot
 _LEFTOVER_AGE = 86_400.0  # seconds; no single put takes a day
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe would be waited for
 _REMADE_PARENTS = 10  # deletes that may take a directory away under one put before it is an error
 
 _ADVICE = {
@@ -83,9 +84,10 @@ class LocalObjectStore:
 
         return Path(self._root).as_uri()
 
-    def get(self, key: str) -> Buffer:
-        """The whole object. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`."""
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        """The whole object. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`, and above limit `CorruptionError`."""
         with self._opened(key) as (fd, stat):
+            check_size(key, stat.st_size, limit)
             return _read(fd, stat.st_size, 0, key)
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
@@ -159,7 +161,7 @@ class LocalObjectStore:
         path = self._path(key)
         with self._explained("read", key):
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+                fd = os.open(path, _READ_FLAGS)
             except OSError as error:
                 if error.errno in _ABSENT:
                     raise NotFoundError(f"{path} is not there") from None
@@ -168,6 +170,8 @@ class LocalObjectStore:
                 stat = os.fstat(fd)
                 if S_ISDIR(stat.st_mode):
                     raise NotFoundError(f"{path} is not there: other keys have it as their folder")
+                if not S_ISREG(stat.st_mode):
+                    raise NotFoundError(f"{path} is a pipe or a device, and no object")
                 yield fd, stat
             finally:
                 os.close(fd)

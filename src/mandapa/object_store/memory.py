@@ -9,7 +9,7 @@ from typing import NoReturn, TypeAlias
 
 from mandapa.errors import AlreadyExistsError, CorruptionError, NotFoundError
 from mandapa.object_store.base import Buffer, ObjectInfo
-from mandapa.object_store.keys import check_key, check_prefix, check_ranges
+from mandapa.object_store.keys import check_key, check_prefix, check_ranges, check_size
 
 __all__ = ["MemoryObjectStore"]
 
@@ -42,9 +42,11 @@ class MemoryObjectStore:
         """``memory://<name>``."""
         return f"memory://{self._name}"
 
-    def get(self, key: str) -> Buffer:
-        """The whole object. Raises `NotFoundError`."""
-        return self._find(key)[0]
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        """The whole object. Raises `NotFoundError`, and `CorruptionError` above ``limit``."""
+        data = self._find(key)[0]
+        check_size(key, len(data), limit)
+        return data
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """The bytes of each range. Raises `NotFoundError`, `CorruptionError` beyond the end."""

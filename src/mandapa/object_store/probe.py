@@ -21,6 +21,7 @@ _T = TypeVar("_T")
 _ATTEMPTS = 10  # creates of one key by one racer; S3's spurious conflicts come once or twice in a row
 _REFUSED = f"create was refused {_ATTEMPTS} times although nothing was there"
 _UNSEEN = "get does not see what was just written"
+_LARGEST = 4096  # bytes; what a probe writes is a line
 _BARRIER_PATIENCE = 60.0  # seconds; a racer that died would leave the others waiting
 
 
@@ -201,7 +202,7 @@ class _Probe:
 
     def _get(self, key: str) -> bytes | None:
         try:
-            return bytes(self._ask(lambda: self._store.get(key)))
+            return bytes(self._ask(lambda: self._store.get(key, limit=_LARGEST)))
         except NotFoundError:
             return None
 

@@ -65,9 +65,9 @@ class RetryingObjectStore:
         """The wrapped store's."""
         return self._store.url
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         """The whole object, after retries."""
-        return self._again(lambda: self._store.get(key))
+        return self._again(lambda: self._store.get(key, limit=limit))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """The bytes of each range, after retries."""

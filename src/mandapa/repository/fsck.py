@@ -31,7 +31,8 @@ from mandapa.format.manifest import (
     node_digest,
 )
 from mandapa.format.pack import KIND_CHUNK, TRAILER_SIZE, read_pack_table
-from mandapa.format.records import decode_gc_list, decode_head, decode_marker
+from mandapa.format.records import GC_LIST_BYTES, HEAD_MAX, MARKER_MAX, decode_gc_list, decode_head, decode_marker
+from mandapa.format.strict import CONTAINER_MAX
 from mandapa.object_store.base import ObjectStore
 from mandapa.repository.log import Log
 from mandapa.repository.repository import Repository
@@ -143,7 +144,7 @@ class _Check:
 
     def _marker(self) -> None:
         try:
-            decode_marker(self._store.get(MARKER), key=MARKER)
+            decode_marker(self._store.get(MARKER, limit=MARKER_MAX), key=MARKER)
         except (NotFoundError, CorruptionError, FormatVersionError) as error:
             self._found("I1", MARKER, error)
 
@@ -176,7 +177,7 @@ class _Check:
         if twice:
             self._found(invariant, where, f"the transaction {twice[0]} is in the log twice")
         try:
-            lines = decode_head(self._store.get(head_key(log.id)), key=head_key(log.id))
+            lines = decode_head(self._store.get(head_key(log.id), limit=HEAD_MAX), key=head_key(log.id))
         except NotFoundError:
             return
         except CorruptionError as error:
@@ -368,7 +369,8 @@ class _Check:
     def _lists(self) -> None:
         for info in self._store.list(GC):
             try:
-                if decode_gc_list(self._store.get(info.key), key=info.key).epoch != info.key.removeprefix(GC):
+                data = self._store.get(info.key, limit=GC_LIST_BYTES)
+                if decode_gc_list(data, key=info.key).epoch != info.key.removeprefix(GC):
                     self._found("I10", info.key, "holds the list of another epoch")
             except NotFoundError:
                 continue
@@ -381,9 +383,11 @@ class _Check:
 
         def container(key: str) -> list[str]:
             try:
-                data = self._store.get(key)
+                data = self._store.get(key, limit=CONTAINER_MAX)
             except NotFoundError:
                 return []  # a gc took it meanwhile; a named one was looked for before
+            except CorruptionError as error:
+                return [str(error)]
             return list(_broken(memoryview(data), key, self._ranges.get(named.get(key, b""), set())))
 
         for key, problems in zip(

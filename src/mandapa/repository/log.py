@@ -21,7 +21,17 @@ from mandapa.errors import (
     StorageError,
 )
 from mandapa.format.keys import head_key, log_key, log_prefix, parse_seq
-from mandapa.format.records import Op, Record, decode_head, decode_record, encode_head, encode_record
+from mandapa.format.records import (
+    GC_LIST_BYTES,
+    HEAD_MAX,
+    Op,
+    Record,
+    decode_head,
+    decode_record,
+    encode_head,
+    encode_record,
+)
+from mandapa.format.strict import RECORD_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
 from mandapa.repository.state import LogState, PreconditionError, fold
 
@@ -125,7 +135,7 @@ class Log(Generic[State]):
                 self._read_head()
             if self.records:
                 try:
-                    self._take(self._store.get(self._key(len(self.records))))
+                    self._take(self._read(self._key(len(self.records))))
                 except NotFoundError:
                     return self.state
             self._read_listed()
@@ -163,7 +173,7 @@ class Log(Generic[State]):
                 self._read_head()
             keys = [self._key(at) for at in range(len(self.records), count)]
             try:
-                for data in in_order(self._store.get, keys, threads=threads):
+                for data in in_order(self._read, keys, threads=threads):
                     self._take(data)
             except NotFoundError as error:
                 raise CorruptionError(f"a record that a listing showed is missing: {error}") from None
@@ -259,6 +269,9 @@ class Log(Generic[State]):
         """What the next record names as the one before; the first names its log, so that logs cannot be exchanged."""
         return self.records[-1].seal if self.records else self.id
 
+    def _read(self, key: str) -> Buffer:
+        return self._store.get(key, limit=RECORD_MAX)
+
     def _take(self, data: Buffer) -> None:
         seq = len(self.records)
         key = self._key(seq)
@@ -282,7 +295,7 @@ class Log(Generic[State]):
                 # A folder that grows while it is listed may show a record and not the one before it.
                 self.check_there(gap, keys[gap - known])
                 keys[gap - known :] = [self._key(gap)]
-            for data in in_order(self._store.get, keys, threads=self._threads):
+            for data in in_order(self._read, keys, threads=self._threads):
                 self._take(data)
 
     def check_there(self, at: int, shown: str) -> None:
@@ -295,8 +308,8 @@ class Log(Generic[State]):
     def _read_head(self) -> None:
         """Start from the head when it holds the records up to one that stands in the log; it is only a cache."""
         try:
-            lines = decode_head(self._store.get(head_key(self.id)), key=head_key(self.id))
-            if not lines or self._store.get(self._key(len(lines) - 1)) != lines[-1]:
+            lines = decode_head(self._store.get(head_key(self.id), limit=HEAD_MAX), key=head_key(self.id))
+            if not lines or self._read(self._key(len(lines) - 1)) != lines[-1]:
                 return
         except (NotFoundError, CorruptionError):
             return
@@ -336,7 +349,7 @@ def create_once(store: ObjectStore, key: str, data: bytes, author: Author) -> Bu
         else:
             return data
         try:
-            return store.get(key)
+            return store.get(key, limit=GC_LIST_BYTES)  # the largest of what is created
         except NotFoundError:
             author.back_off(attempt, most=5.0)
     raise StorageError(

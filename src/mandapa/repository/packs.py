@@ -11,7 +11,7 @@ from mandapa.content.tree import Located, NodeReader
 from mandapa.errors import NotFoundError
 from mandapa.format.keys import GC, container_key
 from mandapa.format.manifest import LargeFileRow
-from mandapa.format.records import decode_gc_list
+from mandapa.format.records import GC_LIST_BYTES, decode_gc_list
 from mandapa.object_store.base import ObjectStore
 
 __all__ = ["condemned", "condemned_or_missing", "containers_of", "missing"]
@@ -34,7 +34,7 @@ def condemned(store: ObjectStore) -> set[str]:
     listed: set[str] = set()
     for info in list(store.list(GC)):
         try:
-            listed.update(decode_gc_list(store.get(info.key), key=info.key).objects)
+            listed.update(decode_gc_list(store.get(info.key, limit=GC_LIST_BYTES), key=info.key).objects)
         except NotFoundError:
             continue  # its gc is over
     return listed

@@ -22,7 +22,7 @@ from mandapa.errors import (
     StorageError,
 )
 from mandapa.format.keys import CATALOG, MARKER, head_key, log_key
-from mandapa.format.records import Op, RegisterOp, SettingsOp, decode_marker, encode_marker
+from mandapa.format.records import MARKER_MAX, Op, RegisterOp, SettingsOp, decode_marker, encode_marker
 from mandapa.format.strict import check_name
 from mandapa.object_store.base import ObjectStore
 from mandapa.object_store.local import LocalObjectStore
@@ -79,7 +79,7 @@ class Repository:
         """The store as it was given, without retries."""
         patient = RetryingObjectStore(store, sleep=self.author.sleep)
         try:
-            self.id = decode_marker(patient.get(MARKER), key=MARKER).id
+            self.id = decode_marker(patient.get(MARKER, limit=MARKER_MAX), key=MARKER).id
         except NotFoundError:
             raise NotFoundError(
                 f"there is no repository at {store.url}: make one with 'mandapa init' or open(..., create=True)"
@@ -118,7 +118,7 @@ class Repository:
         author: Author = options.get("author") or Author()
         patient = RetryingObjectStore(store, sleep=author.sleep)
         try:
-            patient.get(MARKER)
+            patient.get(MARKER, limit=MARKER_MAX)
         except NotFoundError:
             cls._make(store, patient, author, single_writer)
         return cls(store, **options)

@@ -11,6 +11,7 @@ import msgspec
 from mandapa.errors import AlreadyExistsError, ConflictError, InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import CATALOG, log_key
 from mandapa.format.records import Record
+from mandapa.format.strict import RECORD_MAX
 from mandapa.repository.artifact import Artifact
 from mandapa.repository.paths import folders_of
 from mandapa.repository.repository import Repository
@@ -249,4 +250,4 @@ def _check_writing(repo: Repository) -> None:
     """
     key = log_key(CATALOG, 0)
     with suppress(AlreadyExistsError):
-        repo.store.create(key, repo.store.get(key))
+        repo.store.create(key, repo.store.get(key, limit=RECORD_MAX))

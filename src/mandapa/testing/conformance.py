@@ -79,6 +79,13 @@ class ObjectStoreConformance:
         assert len(data) == 5
         assert bytes(data[1:3]) == b"el"
 
+    def test_what_is_too_large_is_not_read(self, store: ObjectStore) -> None:
+        """With a limit, get gives an object of just as many bytes, and of one that has more it takes none."""
+        store.put("a", bytes(1000))
+        assert len(store.get("a", limit=1000)) == 1000
+        with pytest.raises(CorruptionError, match="1000 bytes, more than the 999"):
+            store.get("a", limit=999)
+
     def test_put_replaces(self, store: ObjectStore) -> None:
         """The second put of a key is what readers see, at once, by get, range, head and list."""
         store.put("a", b"a longer first value")

@@ -56,9 +56,9 @@ class FaultyObjectStore:
             while self._late:
                 self._land()
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         """As the store, or a retryable `StorageError`."""
-        return self._read(lambda: self._store.get(key))
+        return self._read(lambda: self._store.get(key, limit=limit))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """As the store, or a retryable `StorageError`."""
@@ -155,10 +155,10 @@ class CountingObjectStore:
         """The wrapped store's."""
         return self._store.url
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         """As the store."""
         self._count("get")
-        data = self._store.get(key)
+        data = self._store.get(key, limit=limit)
         self._count("get", 0, read=memoryview(data).nbytes)
         return data
 
@@ -236,9 +236,9 @@ class CrashingObjectStore:
         """The wrapped store's."""
         return self._store.url
 
-    def get(self, key: str) -> Buffer:
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
         """As the store, while alive."""
-        return self._call(lambda: self._store.get(key))
+        return self._call(lambda: self._store.get(key, limit=limit))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """As the store, while alive."""

@@ -49,8 +49,8 @@ class OneFault:
     def url(self) -> str:
         return self._store.url
 
-    def get(self, key: str) -> Buffer:
-        return self._call(lambda: self._store.get(key))
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        return self._call(lambda: self._store.get(key, limit=limit))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return self._call(lambda: self._store.get_ranges(key, ranges))

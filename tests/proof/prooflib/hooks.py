@@ -37,8 +37,8 @@ class HookedObjectStore:
         """Actions that did not happen yet."""
         return len(self._hooks)
 
-    def get(self, key: str) -> Buffer:
-        return self._call("get", key, lambda: self._store.get(key))
+    def get(self, key: str, *, limit: int | None = None) -> Buffer:
+        return self._call("get", key, lambda: self._store.get(key, limit=limit))
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         return self._call("get_ranges", key, lambda: self._store.get_ranges(key, ranges))

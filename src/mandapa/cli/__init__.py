@@ -27,7 +27,7 @@ SECTIONS = {
     "Name": ("alias", "tag", "artifact"),
     "Delete": ("delete", "undelete"),
     "Train": ("status", "sync"),
-    "Check": ("fsck", "doctor"),
+    "Check": ("fsck", "drill", "doctor"),
     "Store": ("repack", "mirror"),
     "Try": ("demo",),
 }

@@ -1,20 +1,23 @@
-"""Commands that check: ``fsck`` the repository, ``doctor`` the place it is in."""
+"""Commands that check: ``fsck`` the repository, ``drill`` a restore, ``doctor`` the place it is in."""
 
 from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mandapa.cli.failure import exit_code
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
-from mandapa.cli.text import clean, count, size
-from mandapa.errors import AccessDeniedError, MandapaError
+from mandapa.cli.text import clean, count, size, table
+from mandapa.cli.text import time as utc
+from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError
 
 if TYPE_CHECKING:
+    from mandapa.repository.drill import Drilled
     from mandapa.repository.fsck import FsckReport
     from mandapa.repository.repository import Repository
 
@@ -67,6 +70,124 @@ def _fsck_text(report: FsckReport, deep: bool) -> str:
     else:
         lines.append("no problems" + ("" if deep else " (--deep reads every byte too)"))
     return "\n".join(lines)
+
+
+@click.command()
+@click.argument("address", required=False)
+@click.option("--all", "every", is_flag=True, help="The newest version of every artifact.")
+@click.option("--no-record", is_flag=True, help="Do not write down that it was restored.")
+@click.option("--dir", "folder", type=click.Path(file_okay=False), metavar="DIR", help="Where to restore for a while.")
+@common
+@pass_session
+def drill(session: Session, address: str | None, every: bool, no_record: bool, folder: str | None) -> int:
+    """Prove that a version can be restored. It is restored by a new process, compared, and thrown away.
+
+    Every file is read again from the disk, and tensors of checkpoints are loaded. The version's facts then say when
+    that was. Ends with 5 when a file differs, and names each; with 6 when all is well but may not be written down.
+    """
+    from mandapa.repository.drill import drill as rehearse
+    from mandapa.repository.drill import drill_all
+
+    if every == (address is not None):
+        raise click.UsageError("name a version, or --all", click.get_current_context())
+    repo = session.open()
+    if address is not None:
+        version = repo[address]
+        if version.path:
+            raise InvalidInputError(f"{address!r}: a drill is of a whole version: {version.address}")
+        with Bar(f"drilling {clean(version.address)}", version.size) as bar:
+            drilled = rehearse(version, not no_record, folder=folder, progress=bar)
+        session.emit(_drilled_value(drilled), lambda: _drilled_text(drilled))
+        if drilled.unrecorded is not None:
+            raise drilled.unrecorded
+        return 0 if drilled.ok else 5
+    with Bar("drilling") as bar:
+        return _drill_table(session, drill_all(repo, not no_record, folder=folder, progress=bar))
+
+
+_NAMED = 20  # files that are named before the rest is counted
+
+
+def _drilled_text(drilled: Drilled) -> str:
+    address = drilled.version.address
+    speed = f"{count(drilled.files, 'file')}, {size(drilled.bytes)} in {drilled.seconds:.2f} s{_rate(drilled)}"
+    lines = [f"    {clean(path) or 'the version'}: {clean(why)}" for path, why in drilled.problems[:_NAMED]]
+    if len(drilled.problems) > _NAMED:
+        lines.append(f"    ... and {count(len(drilled.problems) - _NAMED, 'problem')} more: --json names all")
+    if lines:
+        lines.insert(0, f"{address} cannot be restored in full: {count(len(drilled.problems), 'problem')}")
+        lines.append(f"what is whole: {speed}")
+    else:
+        lines.append(f"{address} is restorable: {speed}, read again and compared")
+    if drilled.urls:
+        lines.append(f"{count(drilled.urls, 'URL')} not fetched")
+    if drilled.tensors:
+        lines.append(f"{count(drilled.tensors, 'tensor')} loaded, {size(drilled.tensor_bytes)}")
+    lines += [f"not loaded: {clean(path)}: {clean(why)}" for path, why in drilled.unloaded[:_NAMED]]
+    if len(drilled.unloaded) > _NAMED:
+        lines.append(f"not loaded: {len(drilled.unloaded) - _NAMED:,} more")
+    if drilled.recorded:
+        lines.append(f"recorded: restored_at {utc(drilled.at)}")
+    elif drilled.unrecorded is not None:
+        lines.append("not recorded, though it is true")
+    return "\n".join(lines)
+
+
+def _rate(drilled: Drilled) -> str:
+    return f" ({size(round(drilled.bytes / drilled.seconds))}/s)" if drilled.seconds > 0 and drilled.bytes else ""
+
+
+def _drilled_value(drilled: Drilled) -> dict[str, Any]:
+    return {
+        "address": drilled.version.address,
+        "ok": drilled.ok,
+        "at": utc(drilled.at),
+        "recorded": drilled.recorded,
+        "unrecorded": str(drilled.unrecorded or ""),
+        "files": drilled.files,
+        "bytes": drilled.bytes,
+        "urls": drilled.urls,
+        "tensors": drilled.tensors,
+        "tensor_bytes": drilled.tensor_bytes,
+        "seconds": drilled.seconds,
+        "problems": [{"path": path, "problem": why} for path, why in drilled.problems],
+        "unloaded": [{"path": path, "problem": why} for path, why in drilled.unloaded],
+    }
+
+
+def _drill_table(session: Session, found: Iterable[tuple[str, Drilled | MandapaError]]) -> int:
+    """Print what came of all drills; gives the exit code: 5 before others, else that of the first error."""
+    rows: list[tuple[str, str, str, str]] = []
+    codes: list[int] = []
+    whole = 0
+    for address, one in found:
+        if isinstance(one, MandapaError):
+            codes.append(exit_code(one))
+            if session.json:
+                error = {"error": type(one).__name__, "message": str(one), "exit_code": codes[-1]}
+                session.emit({"address": address, "ok": False, **error}, str)
+            rows.append((clean(address), "", "", f"no verdict: {clean(str(one))}"))
+            continue
+        if session.json:
+            session.emit(_drilled_value(one), str)
+        whole += one.ok
+        codes.append(0 if one.ok else 5)
+        if one.unrecorded is not None:
+            codes.append(exit_code(one.unrecorded))
+        rows.append((clean(address), size(one.bytes), f"{one.seconds:.2f} s", _verdict(one)))
+    if not session.json:
+        click.echo(table(rows, right=(1, 2)) if rows else "no artifacts yet")
+        if rows:
+            click.echo(f"{whole} of {count(len(rows), 'version')} restorable")
+    return 5 if 5 in codes else next((code for code in codes if code), 0)
+
+
+def _verdict(one: Drilled) -> str:
+    if not one.ok:
+        path, why = one.problems[0]
+        more = f" and {len(one.problems) - 1} more" if len(one.problems) > 1 else ""
+        return f"NOT restorable: {clean(path) or 'the version'}: {clean(why)}{more}"
+    return "restorable" if one.unrecorded is None else f"restorable, not recorded: {clean(str(one.unrecorded))}"
 
 
 class _Examination:
@@ -171,4 +292,4 @@ def _doctor_text(found: _Examination) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = (fsck, doctor)
+COMMANDS = (fsck, drill, doctor)

@@ -57,7 +57,7 @@ def test_no_command_is_made_up():
     """Each heading and each example names a command that there is."""
     known = {path for path, _ in commands()}
     for page in PAGES:
-        for line in re.findall(r"`(mandapa [a-z]+(?: (?:rename|remove)\b)?)", page.read_text()):
+        for line in re.findall(r"`(mandapa [a-z]+(?: (?:rename|remove|set|show|drop)\b)?)", page.read_text()):
             assert line in known, f"{page.name}: {line}"
 
 

@@ -14,7 +14,7 @@ import pytest
 from mandapa.testing.server import serve
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["artifact-logging", "checkpointing", "logging", "mirror", "wandb"]
+PAGES = ["artifact-logging", "checkpointing", "logging", "mirror", "retention", "wandb"]
 
 
 def blocks(page):

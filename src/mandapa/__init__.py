@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mandapa.content.link import Mode
     from mandapa.repository.artifact import AliasStep, Artifact
+    from mandapa.repository.policy import Policy
     from mandapa.repository.repository import Repository
     from mandapa.repository.transaction import Transaction
     from mandapa.repository.version import Asset, Diff, Version
@@ -38,6 +39,7 @@ __all__ = [
     "Every",
     "Handle",
     "Limits",
+    "Policy",
     "Repository",
     "Run",
     "Transaction",
@@ -55,6 +57,7 @@ _HOMES = {
     "Every": "run.checkpoints",
     "Handle": "run.handle",
     "Limits": "run.limits",
+    "Policy": "repository.policy",
     "Repository": "repository.repository",
     "Run": "run.run",
     "Transaction": "repository.transaction",

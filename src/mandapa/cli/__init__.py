@@ -13,7 +13,19 @@ from typing import Any
 import click
 
 from mandapa import __version__
-from mandapa.cli import artifacts, checking, deleting, listing, mirroring, names, reading, repacking, running, writing
+from mandapa.cli import (
+    artifacts,
+    checking,
+    deleting,
+    listing,
+    mirroring,
+    names,
+    reading,
+    repacking,
+    retention,
+    running,
+    writing,
+)
 from mandapa.cli.demo.command import command as demo
 from mandapa.cli.failure import report
 from mandapa.cli.session import common
@@ -25,7 +37,7 @@ SECTIONS = {
     "Look": ("log", "show", "ls", "diff", "best"),
     "Take": ("get", "cat"),
     "Name": ("alias", "tag", "artifact"),
-    "Delete": ("delete", "undelete"),
+    "Delete": ("delete", "undelete", "expire", "policy"),
     "Train": ("status", "sync"),
     "Check": ("fsck", "drill", "doctor"),
     "Store": ("repack", "mirror"),
@@ -89,7 +101,19 @@ def main() -> None:
     """
 
 
-for _module in (writing, listing, reading, mirroring, names, artifacts, deleting, running, checking, repacking):
+for _module in (
+    writing,
+    listing,
+    reading,
+    mirroring,
+    names,
+    artifacts,
+    deleting,
+    running,
+    checking,
+    repacking,
+    retention,
+):
     for _command in _module.COMMANDS:
         main.add_command(_command)
 main.add_command(demo)

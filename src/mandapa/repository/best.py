@@ -40,6 +40,12 @@ class Contest(NamedTuple):
             return False
         return theirs is None or (mine < theirs if self.mode == "min" else mine > theirs)
 
+    def ranked(self, versions: Iterable[VersionState]) -> list[VersionState]:
+        """Those that have a number, the best first; of equal ones the first that was given."""
+        numbers = [(_number(version.op.metadata.get(self.metric)), version) for version in versions]
+        found = [(number, version) for number, version in numbers if number is not None]
+        return [version for _, version in sorted(found, key=lambda pair: pair[0], reverse=self.mode == "max")]
+
     def best(self, versions: Iterable[VersionState]) -> VersionState | None:
         """The first of the best; None when none has a number."""
         best = None

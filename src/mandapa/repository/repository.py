@@ -37,6 +37,8 @@ from mandapa.repository.version import Version
 
 if TYPE_CHECKING:
     from mandapa.repository.mirror import Mirrored
+    from mandapa.repository.policy import Policy
+    from mandapa.repository.retention import Expired, ExpirePlan
 
 __all__ = ["Repository"]
 
@@ -193,6 +195,85 @@ class Repository:
     def settings(self) -> dict[str, Any]:
         """What is set for the whole repository. One request or more."""
         return dict(self.catalog.refresh().settings)
+
+    # -- clean-up by policy -------------------------------------------------------------------------------------------
+
+    def policies(self) -> dict[str | None, Policy]:
+        """Stored policies by the name of their artifact; under None that of all that have none of their own.
+
+        One request or more.
+
+        Raises:
+            FormatVersionError: A newer mandapa has written one.
+            CorruptionError: One is no policy.
+        """
+        from mandapa.repository.policy import stored_policies
+
+        state = self.catalog.refresh()
+        return stored_policies(state.settings, state.names)
+
+    def set_policy(self, artifact: str | None, policy: Policy | None) -> None:
+        """Store what stays of an artifact when it is cleaned up; None for all that have none of their own.
+
+        It follows the artifact when that is renamed. ``policy=None`` drops what is stored. Nothing is deleted until
+        `expire`. One commit.
+
+        Raises:
+            NotFoundError: There is no such artifact; or nothing is stored that could be dropped.
+        """
+        from mandapa.repository.policy import setting_of
+
+        def build(state: CatalogState) -> Iterable[Op]:
+            if artifact is not None and artifact not in state.names:
+                raise self.no_artifact(artifact)
+            key = setting_of(None if artifact is None else state.names[artifact])
+            if policy is None and key not in state.settings:
+                raise NotFoundError(f"no policy is stored for {artifact or 'all artifacts'}")
+            return [SettingsOp({key: None if policy is None else policy.as_setting()})]
+
+        self.catalog.refresh()
+        self.catalog.append(self.author.new_id().hex(), build, self.author)
+
+    def plan_expire(self, *artifacts: str, policy: Policy | None = None) -> ExpirePlan:
+        """Which versions `expire` would delete, and why the others stay. Nothing is deleted, nothing is committed.
+
+        Args:
+            artifacts: Names; without any, all that a policy holds for.
+            policy: What stays; by default the stored policy of each artifact. What a stored policy keeps stays in any
+                case.
+
+        Cost: what `read_logs` costs, and with ``newer_than`` three requests to learn the store's time.
+
+        Raises:
+            NotFoundError: There is no such artifact.
+            InvalidInputError: No policy was given, and none is stored: nearly all would go.
+            FormatVersionError: A log, or a stored policy, needs a newer mandapa.
+            CorruptionError: A log is not what was written, or what is stored as a policy is none.
+        """
+        from mandapa.repository.retention import plan_expire
+
+        return plan_expire(self, artifacts, policy)
+
+    def expire(self, plan: ExpirePlan) -> list[Expired]:
+        """Delete what a plan names, as far as it may go by then: one commit an artifact, all of it or nothing.
+
+        Looked at again, before each try at a slot of the log: the policy of the plan and the stored one, names, and
+        what was brought back. A version that came after the plan is never deleted. What was deleted can be brought back
+        with `Artifact.undelete` until a gc that comes more than its grace later.
+
+        Cost: what `read_logs` costs, and two or three requests an artifact. More than about 5,000 versions of one
+        artifact take more commits than one.
+
+        Returns:
+            What became of each version that the plan names.
+
+        Raises:
+            InvalidInputError: The plan is of another repository, or of another history.
+            StorageError: The store failed; what was deleted by then stays deleted, and the plan can be applied again.
+        """
+        from mandapa.repository.retention import apply_expire
+
+        return list(apply_expire(self, plan))
 
     # -- copies elsewhere ---------------------------------------------------------------------------------------------
 

@@ -100,6 +100,14 @@ class Reach:
         """
         self._read([root_of(root) for root in roots])
 
+    def node(self, address: NodeAddress) -> tuple[Ids, list[NodeAddress]]:
+        """The ids of the ranges that one node names, those of the nodes right below it included; and these nodes.
+
+        Raises as `of`.
+        """
+        number = self._node(self._start(address))
+        return self._known.ids([], [number]), [Known.address_of(key) for key in self._known.children(number)]
+
     def container_of(self, ids: Ids) -> Ids:
         """The index of each range's container in `containers`."""
         return self._known.column(0)[ids]

@@ -177,6 +177,9 @@ class Log(Generic[State]):
                     self._take(data)
             except NotFoundError as error:
                 raise CorruptionError(f"a record that a listing showed is missing: {error}") from None
+            for at in range(len(self.records) - len(keys), len(self.records)):
+                if self._head_is_due(at + 1):  # whoever appended it has written one
+                    self._head = at + 1
             return self.state
 
     def forget(self) -> None:
@@ -321,8 +324,11 @@ class Log(Generic[State]):
             self._reset()
         self._head = len(self.records)
 
+    def _head_is_due(self, count: int) -> bool:
+        return count - self._head >= min(HEAD_EVERY, max(1, count // HEAD_EVERY))
+
     def _write_head(self) -> None:
-        if len(self.records) - self._head < min(HEAD_EVERY, max(1, len(self.records) // HEAD_EVERY)):
+        if not self._head_is_due(len(self.records)):
             return
         self._head = len(self.records)
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -38,7 +39,8 @@ class LogFacts:
     log: Log[ArtifactState]
     """Read to its tail."""
     times: dict[int, datetime]
-    """Number of a record -> when the store got it, by the store's clock, from the same listing."""
+    """Number of a record -> when the store got it, by the store's clock, from the same listing; a record that came
+    after that has no time here."""
 
 
 class _Segment(msgspec.Struct, array_like=True, frozen=True):
@@ -143,29 +145,23 @@ def _same(lines: Sequence[bytes], seen: tuple[int, datetime | None], infos: Sequ
 
 
 def _segments(kept: Kept) -> dict[str, list[tuple[bytes, _Segment]]]:
-    """Artifact id -> (key, segment) in order."""
+    """Artifact id -> (key, segment), each of which goes on where the one before ended."""
     found: defaultdict[str, list[tuple[bytes, _Segment]]] = defaultdict(list)
     for key in sorted(kept.rows):
-        try:
-            found[key[:16].hex()].append((key, _decode(kept.rows[key])))
-        except msgspec.MsgspecError:
-            continue  # of another mandapa
+        before = found[key[:16].hex()]
+        if int.from_bytes(key[16:], "big") == sum([len(segment.lines) for _, segment in before]):
+            with suppress(msgspec.MsgspecError):  # of another mandapa
+                before.append((key, _decode(kept.rows[key])))
     return found
 
 
-def _preload(log: Log[ArtifactState], segments: Iterable[tuple[bytes, _Segment]], infos: Sequence[ObjectInfo]) -> None:
+def _preload(log: Log[ArtifactState], segments: Sequence[tuple[bytes, _Segment]], infos: Sequence[ObjectInfo]) -> None:
     """Let a log know what this machine knows of it, if that is what the listing shows."""
-    lines: list[bytes] = []
-    last: _Segment | None = None
-    for key, segment in segments:
-        if int.from_bytes(key[16:], "big") != len(lines):
-            return
-        lines += segment.lines
-        last = segment
-    if last is None or not _same(lines, last.seen, infos):
+    lines = [line for _, segment in segments for line in segment.lines]
+    if not segments or not _same(lines, segments[-1][1].seen, infos):
         return
     try:
-        log.preload(lines, head=last.head)
+        log.preload(lines, head=segments[-1][1].head)
     except (CorruptionError, FormatVersionError):
         return  # the store may hold better ones, or says the same
 
@@ -176,22 +172,23 @@ def _keep(
     known: dict[str, list[tuple[bytes, _Segment]]],
     logs: Sequence[Log[ArtifactState]],
 ) -> None:
+    """Make the shelf hold these logs, and no others."""
     put: dict[bytes, bytes] = {}
-    drop: list[bytes] = []
+    stay: set[bytes] = set()
     for log in logs:
-        segments = known.pop(log.id, [])
-        # Of a log that no listing showed it could not be told later whether it is the same.
-        lines = log.lines[:] if log.seen else []
+        if log.seen is None:
+            continue  # no listing showed it, so it could not be told later whether it is the same
+        segments, lines = known.get(log.id, []), log.lines[:]
         done = sum([len(segment.lines) for _, segment in segments])
-        same = bool(segments) and [line for _, segment in segments for line in segment.lines] == lines[:done]
+        same = [line for _, segment in segments for line in segment.lines] == lines[:done]
         if same and done == len(lines) and segments[-1][1].seen == log.seen:
+            stay.update([key for key, _ in segments])
             continue
-        if not same or len(segments) >= _SEGMENTS or done == len(lines):
-            drop += [key for key, _ in segments]
+        if same and done < len(lines) and len(segments) < _SEGMENTS:
+            stay.update([key for key, _ in segments])
+        else:
             done = 0
-        if log.seen is not None and len(lines) > done:
-            key = bytes.fromhex(log.id) + done.to_bytes(8, "big")
-            put[key] = _encode(_Segment(lines[done:], log.seen, log.head))
-    drop += [key for segments in known.values() for key, _ in segments]
+        put[bytes.fromhex(log.id) + done.to_bytes(8, "big")] = _encode(_Segment(lines[done:], log.seen, log.head))
+    drop = kept.rows.keys() - stay - put.keys()
     if put or drop:
-        repo.kept_logs.write(kept, put, [key for key in drop if key not in put])
+        repo.kept_logs.write(kept, put, drop)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 
 from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError
+from mandapa.format.keys import may_be_swept
 from mandapa.format.strict import (
     BAD_BYTES,
     CONTAINER_MAX,
@@ -86,7 +87,6 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 _HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _ROOT = re.compile(r"meta/[0-9a-f]{32}", re.ASCII)
 _EPOCH = re.compile(r"[0-9a-z_-][0-9a-z._-]{0,63}", re.ASCII)
-_SWEPT = re.compile(r"(?:packs|meta)/[0-9a-f]{32}|(?:tx|probe)(?:/[0-9a-z_-][0-9a-z._-]{0,254}){1,4}", re.ASCII)
 
 
 class Root(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -475,7 +475,7 @@ def decode_gc_list(data: bytes | bytearray | memoryview, *, key: str) -> GcList:
         raise CorruptionError(f"{key}: {told(error)}", key=key) from None
     except BAD_BYTES as error:
         raise CorruptionError(f"{key}: {told(error)}", key=key) from None
-    wrong = next((name for name in found.objects if not _SWEPT.fullmatch(name)), None)
+    wrong = next((name for name in found.objects if not may_be_swept(name)), None)
     if wrong is not None or not _EPOCH.fullmatch(found.epoch) or len(found.objects) > GC_LIST_MAX:
         raise CorruptionError(f"{key}: no list of a gc: epoch {found.epoch[:80]!r}, {(wrong or '')[:80]!r}", key=key)
     return found

@@ -2,52 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TYPE_CHECKING
 
 from mandapa.content.parallel import in_order
-from mandapa.errors import FormatVersionError, InvalidInputError, MandapaError, NotFoundError
-from mandapa.format.keys import GC, may_be_swept, parse_seq
-from mandapa.format.records import GC_LIST_MAX, FenceOp, Op, decode_gc_list, encode_gc_list
-from mandapa.object_store.base import ObjectStore
-from mandapa.repository.log import Author, create_once
-from mandapa.repository.marking import Grace, History, Marks
+from mandapa.errors import InvalidInputError, MandapaError, NotFoundError
+from mandapa.format.keys import GC
+from mandapa.format.records import GC_LIST_BYTES, GC_LIST_MAX, FenceOp, decode_gc_list, encode_gc_list
+from mandapa.repository.garbage import GcPlan, Owners, Share
+from mandapa.repository.log import create_once
+from mandapa.repository.logs import LogFacts, keep_logs
+from mandapa.repository.marking import CONTAINERS, Look
+from mandapa.repository.rewrite import Rewritten, plan_rewrite, rewrite
 
 if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
 
-__all__ = ["GRACE", "Collected", "Collection"]
+__all__ = ["GRACE", "Collected", "Collection", "collect"]
 
 GRACE = 7 * 86_400.0
 """Seconds that what was deleted, or never used, stays unless told otherwise."""
 
-STALE = 86_400.0
-"""Seconds after which what a probe has left behind may go."""
-
 BATCH = 1000
 """Objects that are deleted at once."""
 
-_CONTAINERS = ("packs/", "meta/", "tx/")
-_KEYS_MAX = 60 * GC_LIST_MAX
-"""Bytes of the keys in one list, about: with quotes and commas it stays below its limit."""
+_KEYS_MAX = 62 * GC_LIST_MAX
+"""Bytes of the keys in one list, with quotes and commas: what is around them fits, too."""
 
 
 @dataclass(slots=True)
 class Collected:
     """What a clean-up did."""
 
-    epoch: str = ""
-    """Its name; empty when nothing was condemned."""
     freed: dict[str, int] = field(default_factory=dict)
     """Key -> bytes of the objects that were deleted."""
-    spared: list[str] = field(default_factory=list)
-    """Keys of objects that came into use while it ran."""
+    shares: tuple[Share, ...] = ()
+    """The same by artifact, most bytes first."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Key -> why: objects that were condemned, or that the plan names, and that stay or were gone."""
     left: int = 0
-    """Objects that were too many for one round: run it again."""
+    """Objects that were too many for one round: another one frees them."""
+    rewritten: list[Rewritten] = field(default_factory=list)
+    """What became of the versions that needed something of half-dead packs."""
 
     @property
     def bytes(self) -> int:
@@ -55,187 +53,184 @@ class Collected:
         return sum(self.freed.values())
 
 
-class Look:
-    """What there was to see at one time of the store's clock, before anything was marked.
-
-    Requests: three for the time, one for each 1,000 containers and each 1,000 records, one for each new record.
-    """
-
-    def __init__(self, repository: Repository, grace: float) -> None:
-        if grace < 0:
-            raise InvalidInputError(f"grace={grace}: seconds, 0 or more")
-        store = repository.store
-        self._repo = repository
-        self.grace = Grace(_now(store, repository.author), grace)
-        self.listed = {
-            info.key: info for prefix in _CONTAINERS for info in store.list(prefix) if may_be_swept(info.key)
-        }
-        self.stale = {
-            info.key: info
-            for info in store.list("probe/")
-            if may_be_swept(info.key) and Grace(self.grace.now, STALE).over(info.last_modified)
-        }
-        self.marks = Marks(repository, self.grace)
-        self.histories: dict[str, History] = {}
-
-    def mark(self) -> None:
-        """Read the catalog and all logs, and mark what is live.
-
-        Raises:
-            CorruptionError: A log, or a live version, is not whole.
-            FormatVersionError: A log, or a live version, needs a newer mandapa.
-        """
-        repo = self._repo
-        repo.catalog.refresh()
-        times: dict[str, dict[int, datetime]] = {}
-        for info in repo.store.list("log/"):
-            _, _, rest = info.key.partition("/")
-            seq = parse_seq(rest)
-            if seq is not None:
-                times.setdefault(rest.partition("/")[0], {})[seq] = info.last_modified
-        for history in self.new_histories():
-            history.times = times.get(history.id, {})
-            history.log.refresh()
-            self.marks.add(history, history.last)
-
-    def new_histories(self) -> list[History]:
-        """The logs that the catalog, as read, has registered and that were not met before."""
-        state = self._repo.catalog.state
-        if state.read_only:
-            raise FormatVersionError("the catalog holds ops of a newer mandapa: upgrade to clean up")
-        names = {id_: name for name, id_ in state.names.items()} | state.removed
-        new = [History(id_, names[id_], self._repo.log(id_), {}) for id_ in sorted(names) if id_ not in self.histories]
-        self.histories.update((history.id, history) for history in new)
-        return new
-
-    def unreached(self) -> dict[str, int]:
-        """Key -> bytes of what nothing reaches and is old enough."""
-        return {
-            key: info.size
-            for key, info in self.listed.items()
-            if key not in self.marks.keys and self.grace.over(info.last_modified)
-        }
-
-
 class Collection:
-    """One clean-up, from the look to the sweep.
+    """One round of a clean-up, from the look to the sweep.
 
     Args:
         repository: What to clean up.
         grace: Seconds that deleted versions and unused objects stay.
         only: Keys that may be deleted; None: all that nothing reaches.
+        progress: Called with what is being counted and the count so far.
     """
 
-    def __init__(self, repository: Repository, *, grace: float = GRACE, only: AbstractSet[str] | None = None) -> None:
-        self.result = Collected()
+    def __init__(
+        self,
+        repository: Repository,
+        *,
+        grace: float = GRACE,
+        only: Set[str] | None = None,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self.freed: dict[str, int] = {}
+        """Key -> bytes of what was deleted."""
+        self.spared: list[str] = []
+        """Keys of what came into use after it was condemned."""
+        self.left = 0
+        """Objects that did not fit into the list."""
+        self.look: Look | None = None
+        self.condemned: dict[str, int] = {}
+        """Key -> bytes of what the list names."""
         self._repo = repository
         self._grace = grace
         self._only = only
+        self._progress = progress or (lambda *_: None)
         self._author = repository.author
 
     def steps(self) -> Iterator[str]:
         """Do it a step at a time: yields the name of each step when it is done, and goes on when asked for the next.
 
-        ``looked``, then ``nothing to do``, or ``listed``, ``catalog fenced``, ``fenced``, ``marked``, ``swept``,
-        ``done``. Left at any place, it leaves a valid repository; another clean-up starts over.
+        ``looked``, then ``nothing to do``, or ``chosen``, ``listed``, ``catalog fenced``, ``fenced``, ``marked``,
+        ``swept``, ``done``. Left at any place, it leaves a valid repository; another clean-up starts over.
         """
-        look = Look(self._repo, self._grace)
+        look = self.look = Look(self._repo, self._grace)
         yield "looked"
         look.mark()
-        condemned = self._choose(look)
-        self._drop_stale(look)
-        if not condemned:
-            self._drop_dead_lists()
+        self._choose(look)
+        if not self.condemned:
+            self._tidy(look)
             yield "nothing to do"
             return
-        epoch = self._author.new_id().hex()
-        create_once(self._repo.store, f"{GC}{epoch}", encode_gc_list(epoch, [*condemned]), self._author)
-        self.result.epoch = epoch
+        yield "chosen"
+        store, epoch = self._repo.store, self._author.new_id().hex()
+        create_once(store, f"{GC}{epoch}", encode_gc_list(epoch, [*self.condemned]), self._author)
         try:
             yield "listed"
-            fence = [FenceOp(epoch)]
-            closed = {history.id for history in look.histories.values() if history.log.state.closed}
-            self._repo.catalog.append(epoch, lambda _: fence, self._author)
+            ended = {id_ for id_, facts in look.logs.items() if facts.log.state.closed}
+            known = set(look.logs)
+            self._repo.catalog.append(epoch, lambda _: [FenceOp(epoch)], self._author)
             self._repo.catalog.refresh()
-            look.new_histories()
+            look.new_logs()
             yield "catalog fenced"
-            open_ = [history for history in look.histories.values() if history.id not in closed]
-            fences = [*in_order(lambda history: self._fence(history, fence), open_, threads=self._repo.threads)]
+            logs = [facts for facts in look.logs.values() if facts.id not in ended]
+            slots = self._fence(logs, known, epoch)
             yield "fenced"
-            for history, at in zip(open_, fences, strict=True):
-                look.marks.add(history, at)
-            self.result.spared = [key for key in condemned if key in look.marks.keys]
+            for facts, slot in zip(logs, slots, strict=True):
+                look.marks.add(facts, slot)
             yield "marked"
         except MandapaError:
-            # Nothing was deleted, and nothing will be: what was condemned may be used again.
+            # Nothing was deleted, and nothing will be: what the list names may be used again.
             with suppress(MandapaError):
-                self._repo.store.delete([f"{GC}{epoch}"])
+                store.delete([f"{GC}{epoch}"])
             raise
-        self._sweep({key: size for key, size in condemned.items() if key not in look.marks.keys})
+        self.spared = [key for key in self.condemned if key in look.marks.keys]
+        self._sweep({key: size for key, size in self.condemned.items() if key not in look.marks.keys})
         yield "swept"
-        self._repo.store.delete([f"{GC}{epoch}"])
-        self._drop_dead_lists()
+        store.delete([f"{GC}{epoch}"])
+        self._tidy(look)
         yield "done"
 
-    def run(self) -> Collected:
+    def run(self) -> None:
         """All steps."""
         for _ in self.steps():
             pass
-        return self.result
 
-    def _choose(self, look: Look) -> dict[str, int]:
-        """Key -> bytes of what this round may delete: as much as one list holds, chunks before manifests."""
-        found = look.unreached()
-        keys = sorted((key for key in found if self._may(key)), key=lambda key: (not key.startswith("packs/"), key))
-        room, chosen = _KEYS_MAX, dict[str, int]()
-        for key in keys[:GC_LIST_MAX]:
+    def _choose(self, look: Look) -> None:
+        """What this round may delete: as much as a list holds, chunks before the manifests that say whose they are."""
+        found = {key: size for key, size in look.unreached().items() if key not in look.stale and self._may(key)}
+        room = _KEYS_MAX
+        for key in sorted(found, key=lambda key: (not key.startswith("packs/"), key))[:GC_LIST_MAX]:
             room -= len(key) + 3
             if room < 0:
                 break
-            chosen[key] = found[key]
-        self.result.left = len(keys) - len(chosen)
-        return chosen
+            self.condemned[key] = found[key]
+        self.left = len(found) - len(self.condemned)
 
     def _may(self, key: str) -> bool:
         return self._only is None or key in self._only
 
-    def _fence(self, history: History, fence: Sequence[Op]) -> int:
-        """Fence a log; gives the number of the record. One request where the log has not moved."""
-        return history.log.append(self.result.epoch, lambda _: fence, self._author).seq
+    def _fence(self, logs: Sequence[LogFacts], known: Set[str], epoch: str) -> list[int]:
+        """Fence logs; gives the slots. One request for each that has not moved since it was read."""
+        fence = FenceOp(epoch)
+
+        def one(facts: LogFacts) -> int:
+            since = len(facts.log.records) if facts.id in known else None
+            return facts.log.append(epoch, lambda _: [fence], self._author, since=since).seq
+
+        slots = []
+        for slot in in_order(one, logs, threads=self._repo.threads):
+            slots.append(slot)
+            self._progress("logs fenced", len(slots))
+        return slots
 
     def _sweep(self, doomed: dict[str, int]) -> None:
         keys = [*doomed]
         for start in range(0, len(keys), BATCH):
             batch = keys[start : start + BATCH]
             self._repo.store.delete(batch)
-            self.result.freed.update((key, doomed[key]) for key in batch)
+            self.freed.update((key, doomed[key]) for key in batch)
+            self._progress("objects deleted", len(self.freed))
 
-    def _drop_stale(self, look: Look) -> None:
-        """What probes left behind: nobody can need it, so it goes without a list."""
-        stale = {key: info.size for key, info in look.stale.items() if self._may(key)}
-        if stale:
-            self._sweep(stale)
-
-    def _drop_dead_lists(self) -> None:
-        """Another's list goes only when none of its objects exists any more."""
+    def _tidy(self, look: Look) -> None:
+        """What needs no list: what probes left behind, and lists of gcs that have nothing to delete any more."""
+        self._sweep({key: size for key, size in look.stale.items() if self._may(key)})
         store = self._repo.store
         there: set[str] | None = None
         for info in list(store.list(GC)):
             try:
-                objects = decode_gc_list(store.get(info.key), key=info.key).objects
+                objects = decode_gc_list(store.get(info.key, limit=GC_LIST_BYTES), key=info.key).objects
             except NotFoundError:
                 continue  # its gc is over
-            if there is None:  # after the list was made, so what is not seen now is gone for good
-                there = {info.key for prefix in (*_CONTAINERS, "probe/") for info in store.list(prefix)}
+            if there is None:  # the lists were there before: what is not seen now is gone for good
+                there = {info.key for prefix in (*CONTAINERS, "probe/") for info in store.list(prefix)}
             if there.isdisjoint(objects):
                 store.delete([info.key])
 
 
-def _now(store: ObjectStore, author: Author) -> datetime:
-    """The time by the store's clock. Three requests."""
-    key = f"probe/{author.new_id().hex()}/now"
-    store.put(key, b"")
-    try:
-        return store.head(key).last_modified
-    finally:
-        store.delete([key])
+def collect(
+    repository: Repository,
+    plan: GcPlan | None,
+    grace: float | None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Collected:
+    """One round of a clean-up, and half-dead packs emptied; see `Repository.gc`."""
+    if plan is not None and plan.repository != repository.id:
+        raise InvalidInputError(f"the plan is of another repository than {repository.url}")
+    if grace is None:
+        grace = GRACE if plan is None else plan.grace
+    only = None if plan is None else plan.objects.keys()
+    work = Collection(repository, grace=grace, only=only, progress=progress)
+    owners: Owners | None = None
+    for step in work.steps():
+        if step == "chosen" and work.look is not None:
+            owners = Owners(work.look, work.condemned.keys())
+    assert work.look is not None
+    keep_logs(repository)
+    look, reach = work.look, work.look.marks.reach
+    reach.close()
+    rewritten: list[Rewritten] = []
+    if plan is None:
+        doomed = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=reach).keys
+    else:
+        doomed = [pack.key for pack in plan.half_dead]
+    if not work.left:
+        rewritten = list(rewrite(repository, doomed))
+    return Collected(
+        freed=work.freed,
+        shares=(owners or Owners(look, frozenset())).shares(work.freed),
+        skipped=_skipped(work, look, only or frozenset()),
+        left=work.left,
+        rewritten=rewritten,
+    )
+
+
+def _skipped(work: Collection, look: Look, planned: Set[str]) -> dict[str, str]:
+    """Why each object stays that was condemned or planned, as far as it does."""
+    why = dict.fromkeys(work.spared, "came into use while this ran")
+    for key in planned - work.freed.keys() - why.keys():
+        if key not in look.listed and key not in look.stale:
+            why[key] = "was gone, or is of a probe that may be under way" if key.startswith("probe/") else "was gone"
+        elif key in look.marks.keys:
+            why[key] = "is in use"
+        elif key not in work.condemned and key in look.listed and not look.grace.over(look.listed[key].last_modified):
+            why[key] = "is younger than the grace"
+    return why

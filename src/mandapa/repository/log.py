@@ -24,6 +24,7 @@ from mandapa.format.keys import head_key, log_key, log_prefix, parse_seq
 from mandapa.format.records import (
     GC_LIST_BYTES,
     HEAD_MAX,
+    FenceOp,
     Op,
     Record,
     decode_head,
@@ -325,7 +326,9 @@ class Log(Generic[State]):
         self._head = len(self.records)
 
     def _head_is_due(self, count: int) -> bool:
-        return count - self._head >= min(HEAD_EVERY, max(1, count // HEAD_EVERY))
+        """Whether a head is worth its put after ``count`` records; a fence alone is no reason, for gc fences all logs."""
+        fence = all(isinstance(op, FenceOp) for op in self.records[count - 1].ops)
+        return count - self._head >= (HEAD_EVERY if fence else min(HEAD_EVERY, max(1, count // HEAD_EVERY)))
 
     def _write_head(self) -> None:
         if not self._head_is_due(len(self.records)):

@@ -1,0 +1,170 @@
+"""Whose bytes a gc would free, and what else it would mean: a plan, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, TypeAlias
+
+import msgspec
+
+from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError, NotFoundError
+from mandapa.format.keys import may_be_swept
+from mandapa.format.records import RepackOp, Root
+from mandapa.format.strict import INT_MAX, told
+from mandapa.repository.logs import LogFacts
+from mandapa.repository.marking import Look
+from mandapa.repository.rewrite import HalfDead, RewritePlan, plan_rewrite
+
+if TYPE_CHECKING:
+    from mandapa.repository.repository import Repository
+
+__all__ = ["GcPlan", "Owners", "Share", "plan_gc"]
+
+_Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
+_Id: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of the garbage was one artifact's."""
+
+    artifact: str | None
+    """Its name, or its last one; None: never committed, or of versions whose manifests are gone."""
+    objects: _Count
+    bytes: _Count
+    lost: tuple[_Count, ...] = ()
+    """Its deleted versions that cannot be brought back any more when this is gone."""
+
+
+class GcPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a gc would delete; as JSON it can be kept, read and applied later."""
+
+    repository: _Id
+    grace: Annotated[float, msgspec.Meta(ge=0)]
+    """Seconds that what was deleted, or never used, stays."""
+    objects: dict[str, _Count]
+    """Key -> bytes."""
+    shares: tuple[Share, ...]
+    """The same by artifact, most bytes first."""
+    half_dead: tuple[HalfDead, ...] = ()
+    """Packs of which little is needed: what is, is stored anew, and a later gc frees them."""
+    rewritten: _Count = 0
+    """Bytes that are put for that, about."""
+    kind: str = "gc"
+
+    @property
+    def freed(self) -> int:
+        """Bytes that would be freed."""
+        return sum(self.objects.values())
+
+    @property
+    def later(self) -> int:
+        """Bytes that the gc after this one can free, for what is needed of half-dead packs is stored anew."""
+        return sum([pack.size for pack in self.half_dead])
+
+    def to_json(self) -> bytes:
+        """One line of JSON."""
+        return msgspec.json.encode(self) + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> GcPlan:
+        """A plan from what `to_json` gave.
+
+        Raises:
+            InvalidInputError: It is none, or names an object that no gc may delete.
+        """
+        try:
+            plan = msgspec.json.decode(data, type=cls)
+            RewritePlan.from_json(RewritePlan(plan.repository, plan.half_dead, 0, 0).to_json())
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise InvalidInputError(f"not a plan of 'mandapa gc --plan': {told(error)}") from None
+        if plan.kind != "gc":
+            raise InvalidInputError(f"a plan of {plan.kind[:40]!r}, not of 'mandapa gc'")
+        wrong = next((key for key in plan.objects if not may_be_swept(key)), None)
+        if wrong is not None:
+            raise InvalidInputError(f"a plan that names {wrong[:80]!r}, which no gc may delete")
+        return plan
+
+
+def plan_gc(repository: Repository, grace: float) -> GcPlan:
+    """What a gc would delete now; see `Repository.plan_gc`."""
+    look = Look(repository, grace)
+    look.mark()
+    found = look.unreached()
+    rewriting = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=look.marks.reach)
+    shares = Owners(look, found.keys()).shares(found)
+    look.marks.reach.close()
+    return GcPlan(
+        repository=repository.id,
+        grace=grace,
+        objects=found,
+        shares=shares,
+        half_dead=rewriting.packs,
+        rewritten=rewriting.written,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """A state of a version that is not live any more."""
+
+    id: str
+    number: int
+    root: Root
+    last: bool
+    """Whether an undelete would bring it back."""
+
+
+class Owners:
+    """Whose the objects are that nothing live reaches, as far as manifests can be read that once named them.
+
+    Requests: one for each manifest node of deleted or moved versions that this machine has not seen and that is there.
+    """
+
+    def __init__(self, look: Look, keys: Set[str]) -> None:
+        self._look = look
+        self._of: dict[str, str] = {}
+        self._lost: list[tuple[_Past, set[str]]] = []
+        reach = look.marks.reach
+        past = [one for facts in look.logs.values() for one in _past(facts, look)]
+        reach.fetch([one.root for one in past])
+        for one in past:
+            try:
+                named = look.marks.keys_of(reach.of(one.root)) & keys
+            except (NotFoundError, CorruptionError, FormatVersionError):
+                continue
+            for key in named:
+                self._of.setdefault(key, one.id)
+            if one.last and named:
+                self._lost.append((one, named))
+
+    def shares(self, objects: Mapping[str, int]) -> tuple[Share, ...]:
+        """Some of the objects (key -> bytes) by artifact, most bytes first; one that several had counts for one."""
+        sums: dict[str | None, list[int]] = {}
+        for key, size in objects.items():
+            one = sums.setdefault(self._of.get(key), [0, 0])
+            one[0] += 1
+            one[1] += size
+        lost: dict[str, set[int]] = {}
+        for one_lost, named in self._lost:
+            if not named.isdisjoint(objects):
+                lost.setdefault(one_lost.id, set()).add(one_lost.number)
+        for id_ in lost:
+            sums.setdefault(id_, [0, 0])
+        found = [
+            Share(None if id_ is None else self._look.names[id_], count, size, tuple(sorted(lost.get(id_ or "", ()))))
+            for id_, (count, size) in sums.items()
+        ]
+        return tuple(sorted(found, key=lambda share: (-share.bytes, share.artifact or "")))
+
+
+def _past(facts: LogFacts, look: Look) -> Iterable[_Past]:
+    """Where versions of an artifact were that are not marked, as far as their roots are there."""
+    state = facts.log.state
+    for number, version in state.versions.items():
+        if version.root not in look.marks and version.root.object in look.listed:
+            yield _Past(facts.id, number, version.root, version.deleted is not None and not state.closed)
+    for record in facts.log.records:
+        for op in record.ops:
+            if isinstance(op, RepackOp) and op.was not in look.marks and op.was.object in look.listed:
+                yield _Past(facts.id, op.version, op.was, last=False)

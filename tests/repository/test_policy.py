@@ -186,6 +186,14 @@ def test_what_is_no_policy(wrong):
         Policy.from_json(data)
 
 
+def test_rules_as_they_are_typed():
+    """Every rule, and nothing that is as it is anyway."""
+    policy = Policy(keep_last=1, keep_best=("2:a b:max",), keep_every=3, newer_than="4h", keep_tagged=False)
+    typed = "--keep-last 1 --keep-best '2:a b:max' --keep-every 3 --newer-than 4h --no-keep-tagged"
+    assert str(policy) == typed
+    assert str(Policy(keep_every=2)) == "--keep-every 2"
+
+
 def test_times_as_people_write_them():
     """Seconds, minutes, hours, days, weeks; an error names them."""
     assert [duration(text) for text in ("30s", "90m", "12h", "14d", "2w")] == [30, 5400, 43_200, 1_209_600, 1_209_600]

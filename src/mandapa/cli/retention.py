@@ -53,7 +53,7 @@ def _policy(rules: dict[str, Any]) -> Policy | None:
 @click.option("--all", "every", is_flag=True, help="All artifacts; without rules, those that have a policy.")
 @_rules
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
-@click.option("--apply", "apply_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Do it.")
+@click.option("--apply", "apply_file", type=click.Path(dir_okay=False), metavar="FILE", help="Do it.")
 @click.option("--yes", is_flag=True, help="Plan, and do it.")
 @common
 @pass_session
@@ -97,7 +97,7 @@ def expire(
         with open(plan_file, "wb") as file:
             file.write(plan.to_json())
     words = ["--all"] if every else list(artifacts)
-    words += [] if policy is None else shlex.split(str(policy))
+    words += [] if policy is None else policy.words()
     go_on = shlex.join(["mandapa", "expire", *(["--apply", plan_file] if plan_file else [*words, "--yes"])])
     session.emit(_plan_value(plan), lambda: _plan_text(plan, go_on))
 
@@ -139,7 +139,7 @@ def _part_text(part: ArtifactPlan) -> str:
     rows += [("  stays", f"v{one.version}", clean(", ".join(one.by))) for one in reversed(shown)]
     more = len(part.stays) - len(shown)
     lines = [clean(part.name), table(rows)]
-    return "\n".join([*lines, f"  ... and {count(more, 'version')} more stay: --json lists them"] if more else lines)
+    return "\n".join([*lines, f"  ... and {more:,} more stay: --json lists them"] if more else lines)
 
 
 def _ranges(numbers: Iterable[int]) -> str:

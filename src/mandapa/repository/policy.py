@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -140,15 +141,19 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The same as a value that a record holds."""
         return cast("dict[str, Any]", msgspec.to_builtins(self))
 
+    def words(self) -> list[str]:
+        """The rules as arguments of the command line."""
+        words = ["--keep-last", str(self.keep_last)] if self.keep_last else []
+        words += [word for rule in self.keep_best for word in ("--keep-best", rule)]
+        words += ["--keep-every", str(self.keep_every)] if self.keep_every else []
+        words += ["--newer-than", self.newer_than] if self.newer_than else []
+        return words + [
+            f"--no-keep-{name}" for name in ("aliased", "tagged", "used") if not getattr(self, f"keep_{name}")
+        ]
+
     def __str__(self) -> str:
-        """The rules as the command line takes them."""
-        words = [f"--keep-last {self.keep_last}"] if self.keep_last else []
-        words += [f"--keep-best {rule}" for rule in self.keep_best]
-        words += [f"--keep-every {self.keep_every}"] if self.keep_every else []
-        words += [f"--newer-than {self.newer_than}"] if self.newer_than else []
-        for name in ("aliased", "tagged", "used"):
-            words += [] if getattr(self, f"keep_{name}") else [f"--no-keep-{name}"]
-        return " ".join(words)
+        """The same in one line, for people."""
+        return shlex.join(self.words())
 
 
 def _best_text(text: str) -> str:

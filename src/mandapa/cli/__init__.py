@@ -16,6 +16,7 @@ from mandapa import __version__
 from mandapa.cli import (
     artifacts,
     checking,
+    collecting,
     deleting,
     listing,
     mirroring,
@@ -24,6 +25,7 @@ from mandapa.cli import (
     repacking,
     retention,
     running,
+    usage,
     writing,
 )
 from mandapa.cli.demo.command import command as demo
@@ -34,10 +36,10 @@ __all__ = ["main"]
 
 SECTIONS = {
     "Make": ("init", "add", "rm"),
-    "Look": ("log", "show", "ls", "diff", "best"),
+    "Look": ("log", "show", "ls", "diff", "best", "du"),
     "Take": ("get", "cat"),
     "Name": ("alias", "tag", "artifact"),
-    "Delete": ("delete", "undelete", "expire", "policy"),
+    "Delete": ("delete", "undelete", "expire", "policy", "gc"),
     "Train": ("status", "sync"),
     "Check": ("fsck", "drill", "doctor"),
     "Store": ("repack", "mirror"),
@@ -113,6 +115,8 @@ for _module in (
     checking,
     repacking,
     retention,
+    collecting,
+    usage,
 ):
     for _command in _module.COMMANDS:
         main.add_command(_command)

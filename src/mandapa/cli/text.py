@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-__all__ = ["age", "clean", "count", "first_line", "size", "table", "time", "value"]
+__all__ = ["age", "clean", "count", "first_line", "ranges", "size", "table", "time", "value"]
 
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 
@@ -51,6 +51,22 @@ def size(number: int | None) -> str:
 def count(number: int, noun: str) -> str:
     """``1 asset``, ``2,000 assets``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Numbers of versions.
+
+    Example:
+        >>> ranges([7, 0, 1, 2])
+        'v0-v2, v7'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"v{first}" if first == last else f"v{first}-v{last}" for first, last in runs)
 
 
 def age(then: datetime, now: datetime | None = None) -> str:

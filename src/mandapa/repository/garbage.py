@@ -19,7 +19,7 @@ from mandapa.repository.rewrite import HalfDead, RewritePlan, plan_rewrite
 if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
 
-__all__ = ["GcPlan", "Owners", "Share", "plan_gc"]
+__all__ = ["GcPlan", "Owners", "Share", "merged", "plan_gc"]
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 _Id: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -86,6 +86,16 @@ class GcPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return plan
 
 
+def merged(shares: Iterable[Share]) -> tuple[Share, ...]:
+    """One share for each artifact, most bytes first."""
+    found: dict[str | None, Share] = {}
+    for share in shares:
+        old = found.get(share.artifact, Share(share.artifact, 0, 0))
+        lost = tuple(sorted({*old.lost, *share.lost}))
+        found[share.artifact] = Share(share.artifact, old.objects + share.objects, old.bytes + share.bytes, lost)
+    return tuple(sorted(found.values(), key=lambda share: (-share.bytes, share.artifact or "")))
+
+
 def plan_gc(repository: Repository, grace: float) -> GcPlan:
     """What a gc would delete now; see `Repository.plan_gc`."""
     look = Look(repository, grace)
@@ -140,22 +150,13 @@ class Owners:
 
     def shares(self, objects: Mapping[str, int]) -> tuple[Share, ...]:
         """Some of the objects (key -> bytes) by artifact, most bytes first; one that several had counts for one."""
-        sums: dict[str | None, list[int]] = {}
-        for key, size in objects.items():
-            one = sums.setdefault(self._of.get(key), [0, 0])
-            one[0] += 1
-            one[1] += size
-        lost: dict[str, set[int]] = {}
-        for one_lost, named in self._lost:
+        names = self._look.names
+        of = {key: names[id_] for key, id_ in self._of.items()}
+        found = [Share(of.get(key), 1, size) for key, size in objects.items()]
+        for one, named in self._lost:
             if not named.isdisjoint(objects):
-                lost.setdefault(one_lost.id, set()).add(one_lost.number)
-        for id_ in lost:
-            sums.setdefault(id_, [0, 0])
-        found = [
-            Share(None if id_ is None else self._look.names[id_], count, size, tuple(sorted(lost.get(id_ or "", ()))))
-            for id_, (count, size) in sums.items()
-        ]
-        return tuple(sorted(found, key=lambda share: (-share.bytes, share.artifact or "")))
+                found.append(Share(names[one.id], 0, 0, (one.number,)))
+        return merged(found)
 
 
 def _past(facts: LogFacts, look: Look) -> Iterable[_Past]:

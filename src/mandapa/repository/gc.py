@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mandapa.content.parallel import in_order
 from mandapa.errors import InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import GC
 from mandapa.format.records import GC_LIST_BYTES, GC_LIST_MAX, FenceOp, decode_gc_list, encode_gc_list
-from mandapa.repository.garbage import GcPlan, Owners, Share
+from mandapa.repository.garbage import GcPlan, Owners, Share, merged
 from mandapa.repository.log import create_once
 from mandapa.repository.logs import LogFacts, keep_logs
 from mandapa.repository.marking import CONTAINERS, Look
@@ -32,19 +32,17 @@ _KEYS_MAX = 62 * GC_LIST_MAX
 """Bytes of the keys in one list, with quotes and commas: what is around them fits, too."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Collected:
     """What a clean-up did."""
 
-    freed: dict[str, int] = field(default_factory=dict)
+    freed: dict[str, int]
     """Key -> bytes of the objects that were deleted."""
-    shares: tuple[Share, ...] = ()
+    shares: tuple[Share, ...]
     """The same by artifact, most bytes first."""
-    skipped: dict[str, str] = field(default_factory=dict)
-    """Key -> why: objects that were condemned, or that the plan names, and that stay or were gone."""
-    left: int = 0
-    """Objects that were too many for one round: another one frees them."""
-    rewritten: list[Rewritten] = field(default_factory=list)
+    skipped: dict[str, str]
+    """Key -> why it stays: of objects that were condemned, or that the plan names."""
+    rewritten: list[Rewritten]
     """What became of the versions that needed something of half-dead packs."""
 
     @property
@@ -192,45 +190,51 @@ def collect(
     grace: float | None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Collected:
-    """One round of a clean-up, and half-dead packs emptied; see `Repository.gc`."""
+    """Delete what may go, a list after the other, then empty half-dead packs; see `Repository.gc`."""
     if plan is not None and plan.repository != repository.id:
         raise InvalidInputError(f"the plan is of another repository than {repository.url}")
     if grace is None:
         grace = GRACE if plan is None else plan.grace
     only = None if plan is None else plan.objects.keys()
-    work = Collection(repository, grace=grace, only=only, progress=progress)
-    owners: Owners | None = None
-    for step in work.steps():
-        if step == "chosen" and work.look is not None:
-            owners = Owners(work.look, work.condemned.keys())
-    assert work.look is not None
-    keep_logs(repository)
-    look, reach = work.look, work.look.marks.reach
-    reach.close()
-    rewritten: list[Rewritten] = []
+    freed: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    shares: list[Share] = []
+    while True:
+        work = Collection(repository, grace=grace, only=only, progress=progress)
+        look, owned = _one_round(work)
+        freed |= work.freed
+        shares += owned
+        skipped |= dict.fromkeys(work.spared, "came into use while this ran")
+        if not (work.left and work.freed):
+            break
+    for key in plan.objects.keys() - freed.keys() - skipped.keys() if plan else ():
+        skipped[key] = _why(look, key)
     if plan is None:
-        doomed = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=reach).keys
+        doomed = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=look.marks.reach).keys
     else:
         doomed = [pack.key for pack in plan.half_dead]
-    if not work.left:
-        rewritten = list(rewrite(repository, doomed))
-    return Collected(
-        freed=work.freed,
-        shares=(owners or Owners(look, frozenset())).shares(work.freed),
-        skipped=_skipped(work, look, only or frozenset()),
-        left=work.left,
-        rewritten=rewritten,
-    )
+    return Collected(freed, merged(shares), skipped, list(rewrite(repository, doomed)))
 
 
-def _skipped(work: Collection, look: Look, planned: Set[str]) -> dict[str, str]:
-    """Why each object stays that was condemned or planned, as far as it does."""
-    why = dict.fromkeys(work.spared, "came into use while this ran")
-    for key in planned - work.freed.keys() - why.keys():
-        if key not in look.listed and key not in look.stale:
-            why[key] = "was gone, or is of a probe that may be under way" if key.startswith("probe/") else "was gone"
-        elif key in look.marks.keys:
-            why[key] = "is in use"
-        elif key not in work.condemned and key in look.listed and not look.grace.over(look.listed[key].last_modified):
-            why[key] = "is younger than the grace"
-    return why
+def _one_round(work: Collection) -> tuple[Look, tuple[Share, ...]]:
+    """One round, and whose the objects were that it deleted."""
+    steps = work.steps()
+    next(steps)
+    look = work.look
+    assert look is not None
+    owners: Owners | None = None
+    for step in steps:
+        if step == "chosen":
+            owners = Owners(look, work.condemned.keys())
+    look.marks.reach.close()
+    keep_logs(look.repository)
+    return look, (owners or Owners(look, frozenset())).shares(work.freed)
+
+
+def _why(look: Look, key: str) -> str:
+    """Why an object stays that a plan names."""
+    if key in look.marks.keys:
+        return "is in use"
+    if key in look.listed and not look.grace.over(look.listed[key].last_modified):
+        return "is younger than the grace"
+    return "was gone"

@@ -159,7 +159,7 @@ class Look:
         if not grace >= 0:
             raise InvalidInputError(f"grace={grace}: seconds, 0 or more")
         store = repository.store
-        self._repo = repository
+        self.repository = repository
         self.grace = Grace(_now(repository), grace)
         self.listed = {info.key: info for prefix in CONTAINERS for info in store.list(prefix) if may_be_swept(info.key)}
         """The objects that may go if nothing reaches them."""
@@ -182,20 +182,20 @@ class Look:
             CorruptionError: A log, or the manifest of a live version, is not whole.
             FormatVersionError: The catalog, a log, or a live version needs a newer mandapa.
         """
-        facts = read_logs(self._repo)
+        facts = read_logs(self.repository)
         self._meet(facts)
         self.marks.add_all(facts)
         self.marks.reach.close()
 
     def new_logs(self) -> None:
         """Take in what the catalog, as it was read by now, has registered since."""
-        state = self._repo.catalog.state
+        state = self.repository.catalog.state
         names = {id_: name for name, id_ in state.names.items()}
         new = sorted({*names, *state.removed} - set(self.logs))
-        self._meet([LogFacts(id_, names.get(id_), self._repo.log(id_), {}) for id_ in new])
+        self._meet([LogFacts(id_, names.get(id_), self.repository.log(id_), {}) for id_ in new])
 
     def _meet(self, several: list[LogFacts]) -> None:
-        state = self._repo.catalog.state
+        state = self.repository.catalog.state
         if state.read_only:
             raise FormatVersionError("the catalog holds ops of a newer mandapa: upgrade to clean up")
         self.logs.update((facts.id, facts) for facts in several)

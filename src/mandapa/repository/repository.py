@@ -36,9 +36,13 @@ from mandapa.repository.state import ArtifactState, CatalogState
 from mandapa.repository.version import Version
 
 if TYPE_CHECKING:
+    from mandapa.repository.garbage import GcPlan
+    from mandapa.repository.gc import Collected
     from mandapa.repository.mirror import Mirrored
     from mandapa.repository.policy import Policy
+    from mandapa.repository.prices import Prices
     from mandapa.repository.retention import Expired, ExpirePlan
+    from mandapa.repository.usage import By, Usage
 
 __all__ = ["Repository"]
 
@@ -275,6 +279,58 @@ class Repository:
 
         return list(apply_expire(self, plan))
 
+    def plan_gc(self, *, grace: float = 7 * 86_400.0) -> GcPlan:
+        """What `gc` would delete now, whose it was, and which versions could not be brought back after that.
+
+        Nothing is written but an object that tells the store's time, and nothing is deleted but that one.
+
+        Args:
+            grace: Seconds that deleted versions, and objects that nothing uses yet, stay; by the store's clock.
+
+        Cost: three requests for the time; one for each 1,000 containers and each 1,000 records; one for each new record
+        and each manifest node that this machine has not seen.
+
+        Raises:
+            InvalidInputError: ``grace`` is negative.
+            CorruptionError: A log, or the manifest of a live version, is not whole: what is needed cannot be told.
+            FormatVersionError: The catalog, a log, or a live version needs a newer mandapa.
+            StorageError: The store failed.
+        """
+        from mandapa.repository.garbage import plan_gc
+
+        return plan_gc(self, grace)
+
+    def gc(
+        self,
+        plan: GcPlan | None = None,
+        *,
+        grace: float | None = None,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> Collected:
+        """Delete what nothing reaches, and store anew what is needed of packs that are half dead.
+
+        Safe beside writers, readers, and other clean-ups: what comes into use while it runs stays. Nothing is written
+        when nothing can go. Killed, it leaves a valid repository; the next one starts over. What is stored anew is a later
+        clean-up's to free.
+
+        Cost: that of `plan_gc`; then, for each 65,536 objects that go, one put for each artifact, a few more requests
+        for each whose log moved meanwhile, and one for each 1,000 objects (or each, where a store deletes one by one).
+
+        Args:
+            plan: What may go, at most; by default all that nothing reaches. What it names and is in use again stays.
+            grace: Seconds that deleted versions, and objects that nothing uses yet, stay; by default those of the plan,
+                else 7 days. Deleted versions that are older cannot be brought back afterwards.
+            progress: Called with what is being counted, and the count so far.
+
+        Raises:
+            InvalidInputError: ``grace`` is negative, or the plan is of another repository.
+            CorruptionError, FormatVersionError: As `plan_gc`; nothing was deleted.
+            StorageError: The store failed. What was deleted by then was garbage.
+        """
+        from mandapa.repository.gc import collect
+
+        return collect(self, plan, grace, progress)
+
     # -- copies elsewhere ---------------------------------------------------------------------------------------------
 
     def mirror(
@@ -310,6 +366,29 @@ class Repository:
         from mandapa.repository.mirror import mirror
 
         return mirror(self, destination, only=only, progress=progress)
+
+    def usage(self, by: By = "artifact", prices: Prices | None = None) -> Usage:
+        """What every artifact, run or month takes: plain, stored, shared, alone its own, and what could go; the cost.
+
+        A version of which nothing can be read is named in the result, and not counted. What others commit meanwhile
+        may be seen or not.
+
+        Costs one request for each 1,000 records and each 1,000 objects, and one for the catalog, when nothing is new;
+        what this machine has not seen as `read_logs` and `Reach` say.
+
+        Args:
+            by: What a row stands for: ``artifact``, ``run`` or ``month`` (in which a version was made, UTC, by the
+                clock of who made it).
+            prices: What the store charges; default: list prices of its kind.
+
+        Raises:
+            InvalidInputError: Another ``by``.
+            CorruptionError: A log is broken.
+            FormatVersionError: A log needs a newer mandapa.
+        """
+        from mandapa.repository.usage import usage
+
+        return usage(self, by, prices)
 
     # -- for the layers of this package -------------------------------------------------------------------------------
 

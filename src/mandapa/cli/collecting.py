@@ -1,0 +1,132 @@
+"""The command that frees what nothing needs: ``gc``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mandapa.cli.progress import Bar
+from mandapa.cli.session import Session, common, pass_session
+from mandapa.cli.text import clean, count, ranges, size, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mandapa.repository.garbage import GcPlan, Share
+    from mandapa.repository.gc import Collected
+
+__all__ = ["COMMANDS"]
+
+_WEEK = 7 * 86_400
+
+
+@click.command()
+@click.option(
+    "--grace", type=click.FloatRange(min=0), metavar="SECONDS", help="How long what was deleted stays: 7 days."
+)
+@click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
+@click.option("--apply", "apply_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Do it.")
+@click.option("--yes", is_flag=True, help="Plan, and do it.")
+@common
+@pass_session
+def gc(session: Session, grace: float | None, plan_file: str | None, apply_file: str | None, yes: bool) -> None:
+    """Free the bytes that no version needs. Without --apply or --yes: show what would go, and stop.
+
+    Deleted versions can be brought back for 7 days, by the store's clock; after that their bytes go. Everybody may go
+    on writing and reading.
+    """
+    from mandapa.repository.garbage import GcPlan
+
+    if sum([plan_file is not None, apply_file is not None, yes]) > 1:
+        raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
+    if grace is not None and grace < _WEEK:
+        message = (
+            f"--grace {grace:g}: versions that were deleted longer ago than that cannot be brought back after this"
+        )
+        click.echo(message, err=True)
+    plan = None
+    if apply_file is not None:
+        with open(apply_file, "rb") as file:
+            plan = GcPlan.from_json(file.read())
+    repo = session.open()
+    if apply_file is not None or yes:
+        with Bar("cleaning up", unit="objects") as bar:
+            done = repo.gc(plan, grace=grace, progress=bar.counted)
+        session.emit(_value(done), lambda: _text(done))
+        return
+    plan = repo.plan_gc() if grace is None else repo.plan_gc(grace=grace)
+    if plan_file is not None:
+        with open(plan_file, "wb") as out:
+            out.write(plan.to_json())
+    again = "mandapa gc " + (f"--apply {clean(plan_file)}" if plan_file else "--yes")
+    if grace is not None and plan_file is None:
+        again += f" --grace {grace:g}"
+    session.emit(_plan_value(plan), lambda: _plan_text(plan, again))
+
+
+def _plan_value(plan: GcPlan) -> dict[str, Any]:
+    return {
+        "grace": plan.grace,
+        "objects": len(plan.objects),
+        "freed": plan.freed,
+        "shares": [_share_value(share) for share in plan.shares],
+        "half_dead": len(plan.half_dead),
+        "rewritten": plan.rewritten,
+        "later": plan.later,
+    }
+
+
+def _share_value(share: Share) -> dict[str, Any]:
+    return {"artifact": share.artifact, "objects": share.objects, "bytes": share.bytes, "lost": list(share.lost)}
+
+
+def _plan_text(plan: GcPlan, again: str) -> str:
+    if not plan.objects and not plan.half_dead:
+        return "nothing to free"
+    lines = [_shares_text(plan.shares, "cannot be brought back then")] if plan.shares else []
+    lines.append(f"{count(len(plan.objects), 'object')}, {size(plan.freed)}, would be freed; nothing was done")
+    if plan.half_dead:
+        lines.append(
+            f"{count(len(plan.half_dead), 'pack')} of {size(plan.later)}, of which little is needed, would be freed by "
+            f"a later one; about {size(plan.rewritten)} would be stored anew for that"
+        )
+    return "\n".join([*lines, f"do it: {again}"])
+
+
+def _shares_text(shares: Sequence[Share], meaning: str) -> str:
+    rows = []
+    for share in shares:
+        lost = f"{ranges(share.lost)} {meaning}" if share.lost else ""
+        name = "never committed" if share.artifact is None else clean(share.artifact)
+        rows.append((name, count(share.objects, "object"), size(share.bytes), lost))
+    return table(rows, right=(1, 2))
+
+
+def _value(done: Collected) -> dict[str, Any]:
+    return {
+        "objects": len(done.freed),
+        "freed": done.bytes,
+        "shares": [_share_value(share) for share in done.shares],
+        "skipped": [{"object": key, "why": why} for key, why in done.skipped.items()],
+        "rewritten": [{"address": one.address, "put": one.put, "skipped": one.skipped} for one in done.rewritten],
+    }
+
+
+def _text(done: Collected) -> str:
+    lines = [_shares_text(done.shares, "cannot be brought back any more")] if done.shares else []
+    whys = sorted({*done.skipped.values()})
+    for why in whys:
+        keys = [key for key, reason in done.skipped.items() if reason == why]
+        lines.append(f"{count(len(keys), 'object')} skipped, such as {clean(keys[0])}: {clean(why)}")
+    lines += [f"{clean(one.address)} not moved: {clean(one.skipped)}" for one in done.rewritten if one.skipped]
+    moved = [one for one in done.rewritten if not one.skipped]
+    if moved:
+        put = sum([one.put for one in moved])
+        lines.append(f"{count(len(moved), 'version')} moved out of half-dead packs, {size(put)} stored anew")
+    if not done.freed:
+        return "\n".join([*lines, "nothing was freed"])
+    return "\n".join([*lines, f"{count(len(done.freed), 'object')}, {size(done.bytes)}, freed"])
+
+
+COMMANDS = (gc,)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from mandapa.content import moving
 from mandapa.content.codecs import BF16, DELTA
 from mandapa.content.fetch import pieces_of
 from mandapa.content.index import Piece
@@ -21,12 +22,13 @@ from mandapa.format.manifest import Branch, LargeFileRow
 from mandapa.format.records import FenceOp, encode_gc_list
 from mandapa.object_store import MemoryObjectStore
 from mandapa.object_store.base import Buffer
+from mandapa.repository import rewrite as rewrite_module
 from mandapa.repository.fsck import fsck
 from mandapa.repository.gc import Collection
 from mandapa.repository.repository import Repository
 from mandapa.repository.rewrite import HalfDead, RewritePlan, Rewritten, plan_rewrite, rewrite
 from mandapa.repository.version import root_of
-from mandapa.testing.faults import Crash, CrashingObjectStore
+from mandapa.testing.faults import CountingObjectStore, Crash, CrashingObjectStore
 
 
 class Store(MemoryObjectStore):
@@ -225,6 +227,33 @@ def test_all_packs_are_emptied(trained, threads, tmp_path):
     assert {version.requires for version in Repository(repo.place).artifact("model").versions()} == {
         version.requires for version in trained.artifact("model").versions()
     }
+
+
+def test_little_at_a_time(trained, monkeypatch):
+    """However much is looked at before it is copied, each chunk is copied once, and all is there."""
+    repo = Repository(copy_of(trained), threads=0)
+    keys = set(packs(repo))
+    monkeypatch.setattr(moving, "_WAITING", 5)
+    monkeypatch.setattr(rewrite_module, "_GROUP_VERSIONS", 1)
+    assert [one.skipped for one in done(repo, keys)] == ["", "", ""]
+    assert sweep(repo) == keys
+    ranges = {piece[:6] for piece in pieces(repo)}
+    assert len(ranges) == len({piece[:6] for piece in pieces(trained)}) == len({r[3:] for r in ranges})
+    assert content(repo) == content(trained)
+    assert fsck(repo, deep=True).findings == []
+
+
+def test_what_it_costs(half_dead, tmp_path):
+    """Of a known repository: a listing, the nodes and bytes that move, a put and a record for each version."""
+    repo = Repository(half_dead.place, threads=0, cache_dir=tmp_path)
+    keys = plan(repo).keys
+    store = CountingObjectStore(repo.place)
+    repo = Repository(store, threads=0, cache_dir=tmp_path)
+    store.requests.clear()
+    assert len(done(repo, set(keys))) == 2
+    # A look at the catalog; a node for each version, and all that moves; a pack and two manifests; two records.
+    heads = sum(1 for info in half_dead.place.list("head/") if info.key != "head/catalog")
+    assert store.requests == {"list": 1, "get": 1, "get_ranges": 3, "put": 3 + heads, "create": 2}
 
 
 def test_a_base_moves_and_its_delta_stays(trained):

@@ -60,6 +60,7 @@ class Mover:
         store: Where containers are.
         nodes: Reads manifest nodes.
         containers: Which are to be emptied.
+        touches: Whether a node, itself or by what is below it, needs one of them; where it says no nothing is read.
         link: Learns how fast the store takes bytes.
         threads: Requests at once; 0 makes all in the caller's thread.
         new_id: Makes 16 random bytes.
@@ -71,6 +72,7 @@ class Mover:
         nodes: NodeReader,
         containers: Collection[bytes],
         *,
+        touches: Callable[[NodeAddress], bool] = lambda _: True,
         link: Link,
         threads: int,
         new_id: Callable[[], bytes],
@@ -78,6 +80,7 @@ class Mover:
         self._store = store
         self._nodes = nodes
         self._doomed = frozenset(containers)
+        self._touches = touches
         self._threads = threads
         self._packer = Packer(store, link=link, threads=threads, new_id=new_id)
         self._looked: set[bytes] = set()
@@ -110,7 +113,7 @@ class Mover:
     def look(self, root: NodeAddress) -> None:
         """Find the chunks of a tree that have to move; copies what was found before when that is too much to keep.
 
-        One request for each node that neither this nor the reader of nodes has met.
+        One request for each node that needs one of the containers, and that neither this nor the reader has met.
 
         Raises:
             NotFoundError: A node is not there (any more).
@@ -121,9 +124,10 @@ class Mover:
         while level:
             below: list[tuple[NodeAddress, str]] = []
             nodes = in_order(self._nodes.load, [address for address, _ in level], threads=self._threads)
-            for (address, path), node in zip(level, nodes, strict=True):
-                below += [(found, at) for found, at in self._look(node, path) if found.hash not in self._looked]
-                self._looked.add(address.hash)
+            for (top, path), node in zip(level, nodes, strict=True):
+                found = [(address, at) for address, at in self._look(node, path) if address.hash not in self._looked]
+                below += [(address, at) for address, at in found if self._touches(address)]
+                self._looked.add(top.hash)
                 if self.waiting > _WAITING_BYTES or len(self._waiting) > _WAITING:
                     self.copy()
             level = below
@@ -161,7 +165,7 @@ class Mover:
         """
         found = self._made.get(address)
         if found is None:
-            found = self._made[address] = self._move(address)
+            found = self._made[address] = self._move(address) if self._touches(address) else address
         return found
 
     def flush(self) -> None:
@@ -266,7 +270,7 @@ class Mover:
         if isinstance(node, Branch):
             for at, child in enumerate(node.rows):
                 found.append(child_address(child, table))
-                if found[-1] not in self._made:
+                if found[-1] not in self._made and self._touches(found[-1]):
                     Tree(self._nodes, address).child(node, at)
         elif isinstance(node, Leaf):
             for row in node.rows:
@@ -276,6 +280,8 @@ class Mover:
 
     def _part_address(self, row: PartAddress, table: Sequence[bytes], path: str) -> NodeAddress:
         address = child_address(row, table)
+        if address in self._made or not self._touches(address):
+            return address
         part = self._nodes.load(address)
         if not isinstance(part, Part) or sum([chunk.raw for chunk in part.rows]) != row.raw:
             raise CorruptionError(f"a part of {path!r} is not the one that its row names")

@@ -167,7 +167,7 @@ class _Plan:
             found[container] = HalfDead(info.key, info.size, used)
         plan = RewritePlan(self._repo.id, (), 0, 0)
         if sum([pack.size - pack.used for pack in found.values()]) > least:
-            plan = self._worth(found, [one for one in live if self._needs(one, found)])
+            plan = self._worth(found, live)
         return plan if plan.freed - plan.written > least else RewritePlan(self._repo.id, (), 0, 0)
 
     def _counted(self, facts: LogFacts) -> Iterator[VersionState]:
@@ -202,9 +202,6 @@ class _Plan:
         except NotFoundError:
             return self._reach.union([version.root for facts, version in several if len(self._reached(facts, version))])
 
-    def _needs(self, one: _Counted, containers: Collection[bytes]) -> bool:
-        return not _containers(self._reach, self._reached(*one)).isdisjoint(containers)
-
     def _bytes(self, ids: Ids) -> dict[bytes, int]:
         """Container -> bytes that these ranges take there, entries of its table included."""
         import numpy as np
@@ -215,7 +212,7 @@ class _Plan:
 
     def _worth(self, found: dict[bytes, HalfDead], roots: list[_Counted]) -> RewritePlan:
         """Those packs of which the gain is more than the manifests that they alone, or with others, take."""
-        nodes = _Nodes(self._reach)
+        nodes = _Nodes(self._reach, found)
         while True:
             nodes.containers = frozenset(found)
             gain = {container: float(pack.size - pack.used) for container, pack in found.items()}
@@ -242,22 +239,25 @@ class _Plan:
 class _Nodes:
     """Which manifest nodes name some of a set of containers, themselves or by what is below them."""
 
-    def __init__(self, reach: Reach) -> None:
+    def __init__(self, reach: Reach, containers: Collection[bytes]) -> None:
         self._reach = reach
-        self._known: dict[bytes, tuple[int, frozenset[bytes]]] = {}
-        self.containers: frozenset[bytes] = frozenset()
+        self._known: dict[NodeAddress, frozenset[bytes]] = {}
+        self.containers = frozenset(containers)
+        """They may become fewer."""
 
     def below(self, address: NodeAddress) -> frozenset[bytes]:
         """Those of the containers that a tree needs."""
-        if address.hash not in self._known:
+        found = self._known.get(address)
+        if found is None:
             ids, children = self._reach.node(address)
-            found = self.containers & _containers(self._reach, ids)
-            self._known[address.hash] = address.stored, found.union(*map(self.below, children))
-        return self._known[address.hash][1] & self.containers
+            numbers = set(self._reach.container_of(ids).tolist())
+            own = self.containers.intersection([address.container, *[self._reach.containers[at] for at in numbers]])
+            found = self._known[address] = own.union(*map(self.below, children))
+        return found & self.containers
 
     def made(self) -> list[tuple[int, frozenset[bytes]]]:
-        """Stored bytes of each node that would be made anew, and the containers for which."""
-        found = [(size, below & self.containers) for size, below in self._known.values()]
+        """Stored bytes of each node that was asked for and would be made anew, and the containers for which."""
+        found = [(address.stored, below & self.containers) for address, below in self._known.items()]
         return [(size, below) for size, below in found if below]
 
 
@@ -278,13 +278,6 @@ class Rewritten:
         return f"{self.artifact}:v{self.version}"
 
 
-def _containers(reach: Reach, ids: Ids) -> set[bytes]:
-    """Where these ranges are."""
-    import numpy as np
-
-    return {reach.containers[number] for number in np.unique(reach.container_of(ids)).tolist()}
-
-
 def rewrite(
     repo: Repository, containers: Collection[str], *, progress: Callable[[int], None] | None = None
 ) -> Iterator[Rewritten]:
@@ -297,9 +290,8 @@ def rewrite(
     clean-ups and other moves; a version that is made meanwhile may need the containers again.
 
     Requests: those of `read_logs`, and those of `Reach` for what this machine has not seen; one for each manifest node
-    of the versions that move and that is not at hand; about one for each of the containers, and for each that bases of
-    its deltas are in; one put for each 16 MiB; two for each version that moves. Memory: see `Mover`; with four threads
-    about 250 MB.
+    that is made anew; about one for each of the containers, and for each that bases of its deltas are in; one put for
+    each 16 MiB; two for each version that moves. Memory: see `Mover`; with four threads about 250 MB.
 
     Args:
         repo: The repository.
@@ -333,9 +325,16 @@ class _Target:
 class _Rewrite:
     def __init__(self, repo: Repository, doomed: set[bytes], progress: Callable[[int], None] | None) -> None:
         self._repo = repo
-        self._doomed = doomed
+        self._reach = Reach(repo)
+        self._nodes = nodes = _Nodes(self._reach, doomed)
         self._mover = Mover(
-            repo.store, repo.reader, doomed, link=repo.link, threads=repo.threads, new_id=repo.author.new_id
+            repo.store,
+            repo.reader,
+            doomed,
+            touches=lambda address: bool(nodes.below(address)),
+            link=repo.link,
+            threads=repo.threads,
+            new_id=repo.author.new_id,
         )
         self._mover.progress = progress
         self._told = 0
@@ -368,17 +367,14 @@ class _Rewrite:
             if facts.name is not None and not state.closed:
                 found += [_Target(facts.name, facts.log, state.versions[number]) for number in state.live()]
         found.sort(key=lambda target: (target.name, target.version.op.number))
-        reach = Reach(self._repo)
-        reach.fetch([target.version.root for target in found])
-        reach.close()
+        self._reach.fetch([target.version.root for target in found])
+        self._reach.close()
         for target in found:
             try:
-                needed = _containers(reach, reach.of(target.version.root))
+                if self._nodes.below(root_of(target.version.root)):
+                    yield target
             except _FAILURES:
                 yield target  # who moves it will say why it cannot be
-                continue
-            if not self._doomed.isdisjoint(needed):
-                yield target
 
     def _look(self, target: _Target) -> str:
         """Find what a version needs; why that cannot be, or empty."""

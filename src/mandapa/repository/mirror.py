@@ -329,6 +329,8 @@ class _Artifact:
 
     def _follow(self, record: Record, txn: str) -> None:
         """Tell one record again, with the content of the versions that it makes."""
+        if self._here.find(txn) is not None:
+            return  # another mirror has told it, which was read since this round began
         since = len(self._here.records)
         copies: dict[int, _Copy] = {}
         for number in _brought(record):

@@ -109,7 +109,7 @@ def download(
         progress: Called with numbers of bytes written, or found in parts, from several threads.
 
     Raises:
-        SecurityError: A symlink stands where a folder is needed.
+        SecurityError: A symlink stands where a folder is needed; a file would go between the objects of a repository.
         InvalidInputError: A path is none; two paths are the same name on this file system, and nothing was written;
             a file stands where a folder is needed, or a folder where a file is.
         NotFoundError: A container is not there, and ``moved`` was not given, or says that the version was deleted.
@@ -276,6 +276,8 @@ class _Download:
             above, _, name = row.path.rpartition("/")
             if above != last:
                 folder, last = self._folders.get(above), above
+            if name.startswith(".mandapa-"):
+                self._folders.spare_part(row.path)
             target = _Target(row, folder, name)
             found = _same_size(target) if name in folder.names else None
             if found is not None:
@@ -298,6 +300,7 @@ class _Download:
                 self._set_mode(target, found)
                 self.result.skipped += 1
             else:
+                self._folders.check_write(target.row.path)
                 yield located, target
 
     def _equal(self, target: _Target) -> bool:

@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from mandapa.digest import digest
-from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError, SecurityError, StorageError
+from mandapa.errors import (
+    AccessDeniedError,
+    CorruptionError,
+    FormatVersionError,
+    InvalidInputError,
+    MandapaError,
+    SecurityError,
+    StorageError,
+)
+from mandapa.format.keys import MARKER
+from mandapa.format.records import MARKER_MAX, decode_marker
 
 __all__ = [
     "CREATE_FLAGS",
@@ -86,6 +96,7 @@ class Folders:
         self.top = top
         self._open: OrderedDict[str, Folder] = OrderedDict()
         self._seen: set[str] = set()
+        self._repositories = {""} if _is_repository(top) else set()
         self._parts: set[tuple[str, str]] = set()
         self._note_parts("", top)
 
@@ -98,6 +109,8 @@ class Folders:
             above, _, name = path.rpartition("/")
             folder = self._enter(self.get(above), name)
             self._open[path] = folder
+            if path not in self._seen and (above in self._repositories or _is_repository(folder)):
+                self._repositories.add(path)
             self._seen.add(path)
             self._note_parts(path, folder)
             if len(self._open) > FOLDERS:
@@ -105,6 +118,22 @@ class Folders:
         else:
             self._open.move_to_end(path)
         return folder
+
+    def check_write(self, path: str) -> None:
+        """Refuse, by `SecurityError`, to write the file at ``path`` between the objects of a repository.
+
+        That is any folder that had a marker when it was first got, and what is below it.
+        """
+        if self._repositories and path.rpartition("/")[0] in self._repositories:
+            raise SecurityError(
+                f"{self._root}/{path} would go into a repository that is there: get it into another folder, or only "
+                "what you need"
+            )
+
+    def spare_part(self, path: str) -> None:
+        """What is at ``path`` is nobody's part, though it may be called like one."""
+        folder, _, name = path.rpartition("/")
+        self._parts.discard((folder, name))
 
     def remove_parts(self) -> None:
         """Remove the parts of files that were found in folders, and that nobody has completed, or is about to."""
@@ -137,6 +166,25 @@ class Folders:
                     _refuse(above, name, path)
                 raise explain_write(error, path) from error
         raise StorageError(f"{path} cannot be made: something removes it", retryable=True)
+
+
+def _is_repository(folder: Folder) -> bool:
+    """Whether it has the marker of a repository, of this format or of a newer one."""
+    if MARKER not in folder.names:
+        return False
+    try:
+        fd = os.open(MARKER, READ_FLAGS, dir_fd=folder.fd)
+    except OSError:
+        return False
+    try:
+        decode_marker(os.read(fd, MARKER_MAX + 1), key=MARKER)
+    except (OSError, CorruptionError):
+        return False
+    except FormatVersionError:
+        return True
+    finally:
+        os.close(fd)
+    return True
 
 
 def _refuse(above: Folder, name: str, path: str) -> None:

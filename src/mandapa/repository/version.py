@@ -472,8 +472,8 @@ class Version:
 
         Raises:
             NotFoundError: The version was deleted.
-            SecurityError: A symlink below ``dest`` stands in the way of a folder; or ``dest`` has a repository where
-                the version has files of its own ``.mandapa``.
+            SecurityError: A symlink below ``dest`` stands in the way of a folder; or a file would go between the
+                objects of a repository that is in ``dest``, or below.
             InvalidInputError: Two paths are one on this file system; nothing was written.
             CorruptionError: Stored bytes are not what was written; the file they belong to was not touched.
             StorageError: The store failed, or the disk is full.

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
 from mandapa.address import parse_address
 from mandapa.errors import FormatVersionError, InvalidInputError, MandapaError
@@ -131,23 +132,17 @@ def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None) -
     judged = {id_: _Judge(world, id_, policies) for id_, policies in wanted.items()}
     candidates = {(id_, number) for id_ in judged for number in world.facts[id_].log.state.live()}
     used = _lineage(world, judged, candidates)
-    kept_of = {id_: judge.kept(judge.fact.log.state, used.get(id_, {})) for id_, judge in judged.items()}
-    going = {place for place in candidates if place[1] not in kept_of[place[0]]}
+    # What the logs said when they were read is what is judged: measuring may read them on.
+    drafts = [_draft(judge, judge.kept(judge.fact.log.state, used.get(id_, {}))) for id_, judge in judged.items()]
+    going = {(draft.artifact, one.version) for draft in drafts for one in draft.goes}
     found = freed(repo, list(world.facts.values()), going)
-    parts = []
-    for id_, judge in judged.items():
-        fact, kept = world.facts[id_], kept_of[id_]
-        state = fact.log.state
-        names_of = _names(state)
-        goes = [
-            Going(number, tuple(names_of.get(number, ())), found.alone.get((id_, number), 0))
-            for number in state.live()
-            if number not in kept
-        ]
-        stays = [Staying(number, tuple(kept[number])) for number in state.live() if number in kept]
-        records = fact.log.records
-        seal = records[-1].seal if records else ""
-        parts.append(ArtifactPlan(id_, _name(fact), judge.policies[0], len(records), seal, tuple(goes), tuple(stays)))
+    parts = [
+        replace(
+            part,
+            goes=tuple([replace(one, alone=found.alone.get((part.artifact, one.version), 0)) for one in part.goes]),
+        )
+        for part in drafts
+    ]
     return ExpirePlan(
         repository=repo.id,
         artifacts=tuple(sorted(parts, key=lambda part: part.name)),
@@ -156,6 +151,22 @@ def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None) -
         objects=found.objects,
         object_bytes=found.object_bytes,
         unread=tuple(f"{_name(world.facts[id_])}:v{number}" for id_, number in found.unread),
+    )
+
+
+def _draft(judge: _Judge, kept: Mapping[int, Sequence[str]]) -> ArtifactPlan:
+    """What goes of an artifact, not measured yet."""
+    fact = judge.fact
+    state, records = fact.log.state, fact.log.records
+    names = _names(state)
+    return ArtifactPlan(
+        artifact=fact.id,
+        name=_name(fact),
+        policy=judge.policies[0],
+        records=len(records),
+        seal=records[-1].seal if records else "",
+        goes=tuple([Going(number, tuple(names.get(number, ()))) for number in state.live() if number not in kept]),
+        stays=tuple([Staying(number, tuple(kept[number])) for number in state.live() if number in kept]),
     )
 
 

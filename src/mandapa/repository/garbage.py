@@ -19,7 +19,7 @@ from mandapa.repository.rewrite import HalfDead, RewritePlan, plan_rewrite
 if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
 
-__all__ = ["GcPlan", "Owners", "Share", "merged", "plan_gc"]
+__all__ = ["GcPlan", "Owners", "Share", "half_dead", "merged", "plan_gc"]
 
 _Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=INT_MAX)]
 _Id: TypeAlias = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -96,12 +96,21 @@ def merged(shares: Iterable[Share]) -> tuple[Share, ...]:
     return tuple(sorted(found.values(), key=lambda share: (-share.bytes, share.artifact or "")))
 
 
+def half_dead(look: Look) -> RewritePlan:
+    """Packs of which little is needed; none as long as it cannot be told what a version needs that was just deleted."""
+    grace = look.grace
+    try:
+        return plan_rewrite(look.repository, grace=grace.seconds, now=grace.now, reach=look.marks.reach)
+    except CorruptionError:
+        return RewritePlan(look.repository.id, (), 0, 0)
+
+
 def plan_gc(repository: Repository, grace: float) -> GcPlan:
     """What a gc would delete now; see `Repository.plan_gc`."""
     look = Look(repository, grace)
     look.mark()
     found = look.unreached()
-    rewriting = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=look.marks.reach)
+    rewriting = half_dead(look)
     shares = Owners(look, found.keys()).shares(found)
     look.marks.reach.close()
     return GcPlan(

@@ -11,11 +11,11 @@ from mandapa.content.parallel import in_order
 from mandapa.errors import InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import GC
 from mandapa.format.records import GC_LIST_BYTES, GC_LIST_MAX, FenceOp, decode_gc_list, encode_gc_list
-from mandapa.repository.garbage import GcPlan, Owners, Share, merged
+from mandapa.repository.garbage import GcPlan, Owners, Share, half_dead, merged
 from mandapa.repository.log import create_once
 from mandapa.repository.logs import LogFacts, keep_logs
 from mandapa.repository.marking import CONTAINERS, Look
-from mandapa.repository.rewrite import Rewritten, plan_rewrite, rewrite
+from mandapa.repository.rewrite import Rewritten, rewrite
 
 if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
@@ -210,7 +210,7 @@ def collect(
     for key in plan.objects.keys() - freed.keys() - skipped.keys() if plan else ():
         skipped[key] = _why(look, key)
     if plan is None:
-        doomed = plan_rewrite(repository, grace=grace, now=look.grace.now, reach=look.marks.reach).keys
+        doomed = half_dead(look).keys
     else:
         doomed = [pack.key for pack in plan.half_dead]
     return Collected(freed, merged(shares), skipped, list(rewrite(repository, doomed)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
 
-from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError, NotFoundError
+from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import container_key, may_be_swept
 from mandapa.format.records import CloseOp, Root
 from mandapa.repository.logs import LogFacts, read_logs
@@ -212,13 +212,15 @@ class Look:
 
 
 def _now(repository: Repository) -> datetime:
-    """The time by the store's clock. Three requests."""
+    """The time by the store's clock, as exact as listings have it. Three requests."""
     store, key = repository.store, f"probe/{repository.author.new_id().hex()}/now"
     store.put(key, b"")
     try:
-        return store.head(key).last_modified
+        for info in store.list(key):
+            return info.last_modified
     finally:
         store.delete([key])
+    raise StorageError(f"{store.url} does not list what was just put: 'mandapa doctor' checks the store")
 
 
 def _name(facts: LogFacts) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
+import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,11 +15,12 @@ from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table
 from mandapa.cli.text import time as utc
-from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError
+from mandapa.errors import AccessDeniedError, CorruptionError, InvalidInputError, MandapaError, NotFoundError
 
 if TYPE_CHECKING:
+    from mandapa.object_store import ObjectStore
     from mandapa.repository.drill import Drilled
-    from mandapa.repository.fsck import FsckReport
+    from mandapa.repository.fsck import FsckReport, Loss, Sampled
     from mandapa.repository.repository import Repository
 
 __all__ = ["COMMANDS"]
@@ -29,47 +31,130 @@ _ROUND_TRIPS = 5
 
 @click.command()
 @click.option("--deep", is_flag=True, help="Read and hash every stored byte too.")
+@click.option("--sample", metavar="P", help="Read and hash this share of the bytes, as in 2% or 0.02.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Which bytes: those of the check with this seed.")
 @common
 @pass_session
-def fsck(session: Session, deep: bool) -> int:
+def fsck(session: Session, deep: bool, sample: str | None, seed: int | None) -> int:
     """Check that the repository is whole. Every invariant of the format is looked at; nothing is changed.
 
-    Ends with 5 when something is wrong, and says what, where, and which versions it hurts.
+    Ends with 5 when something is wrong, and says what, where, which versions it hurts, and what can be read of these.
     """
     from mandapa.repository.fsck import fsck as check
 
-    repo = session.open()
+    if deep and sample is not None:
+        raise click.UsageError("--deep reads all, --sample a share: one of them", click.get_current_context())
+    if seed is not None and sample is None:
+        raise click.UsageError("--seed chooses what --sample reads", click.get_current_context())
+    share = None if sample is None else _share(sample)
+    place = _place(session)
+    if seed is None:
+        seed = random.SystemRandom().getrandbits(32)
     with Bar("checking", unit="things") as bar:
-        report = check(repo, deep=deep, progress=bar.counted)
-    value = {
-        "url": repo.url,
-        "ok": report.ok,
-        "deep": deep,
-        "checked": dict(report.checked),
-        "findings": [
-            {"invariant": found.invariant, "where": found.where, "problem": found.problem} for found in report.findings
-        ],
-        "hurt": list(report.hurt),
-    }
-    session.emit(value, lambda: _fsck_text(report, deep))
+        report = check(place, deep=deep, sample=share, seed=seed, progress=bar.counted)
+    session.emit(_fsck_value(report, place.url, deep), lambda: _fsck_text(report, deep))
     return 0 if report.ok else 5
 
 
+def _share(text: str) -> float:
+    """``2%`` or ``0.02`` as a share."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InvalidInputError(f"--sample {text}: write a share as 2% or 0.02, up to 100%")
+    return share
+
+
+def _place(session: Session) -> Repository | ObjectStore:
+    """The repository; or its store, when there is one that cannot be opened."""
+    from mandapa.object_store import from_url
+
+    try:
+        return session.open()
+    except CorruptionError:
+        return from_url(session.url())
+    except NotFoundError:
+        url = session.named()
+        if url is None:
+            raise
+        store = from_url(url)
+        if next(iter(store.list("catalog/")), None) is None:
+            raise
+        return store  # all but the marker is there
+
+
+def _fsck_value(report: FsckReport, url: str, deep: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "url": url,
+        "ok": report.ok,
+        "deep": deep,
+        "sample": None if report.sampled is None else asdict(report.sampled),
+        "checked": dict(report.checked),
+        "findings": [asdict(found) for found in report.findings],
+        "hurt": report.hurt,
+        "losses": [asdict(loss) for loss in report.losses],
+        "unreadable": report.unreadable,
+    }
+
+
+_SHOWN = 50  # findings, and versions that are hurt, that are told before the rest is counted
+_PATHS = 3  # paths that are named of each of these
+
+
 def _fsck_text(report: FsckReport, deep: bool) -> str:
-    lines = [f"{found.invariant}  {clean(found.where)}: {clean(found.problem)}" for found in report.findings]
-    if report.hurt:
-        lines.append(f"cannot be read in full: {', '.join(map(clean, report.hurt))}")
+    lines = [f"{found.invariant}  {clean(found.where)}: {clean(found.problem)}" for found in report.findings[:_SHOWN]]
+    lines += _more(report.findings, "problem")
+    if report.unreadable:
+        named = ", ".join(map(clean, report.unreadable[:_SHOWN]))
+        lines += [f"cannot be opened: {named}", *_more(report.unreadable, "artifact")]
+    if report.losses:
+        lines += ["cannot be read in full:", table([_loss_row(loss) for loss in report.losses[:_SHOWN]], indent="    ")]
+        lines += _more(report.losses, "version")
     sizes = {"bytes": "stored", "bytes read": "read and hashed"}
     counts = [
         f"{size(n)} {sizes[what]}" if what in sizes else count(n, what.removesuffix("s"))
         for what, n in report.checked.items()
     ]
     lines.append(f"checked {', '.join(counts) or 'an empty repository'}")
+    if report.sampled is not None:
+        lines.append(_sample_text(report.sampled))
     if not report.ok:
-        lines.append(f"{count(len(report.findings), 'problem')}")
+        lines.append(count(len(report.findings), "problem"))
     else:
-        lines.append("no problems" + ("" if deep else " (--deep reads every byte too)"))
+        lines.append("no problems" + ("" if deep or report.sampled else " (--deep reads every byte too)"))
     return "\n".join(lines)
+
+
+def _more(items: Sequence[object], noun: str) -> list[str]:
+    return [f"... and {count(len(items) - _SHOWN, noun)} more: --json names all"] if len(items) > _SHOWN else []
+
+
+def _loss_row(loss: Loss) -> tuple[str, str, str, str]:
+    lost = [clean(path) for path in loss.lost[:_PATHS]]
+    if len(loss.lost) > len(lost):
+        lost.append(f"{len(loss.lost) - len(lost):,} more")
+    if loss.unnamed:
+        lost.append(f"{count(loss.unnamed, 'asset')} whose names are lost")
+    near = " and ".join(clean(address) for address in (loss.older, loss.newer) if address)
+    total = loss.whole + len(loss.lost) + loss.unnamed
+    return (
+        clean(loss.address),
+        f"{loss.whole:,} of {count(total, 'asset')} whole",
+        f"lost: {', '.join(lost)}",
+        f"nearest whole: {near}" if near else "no version of it is whole",
+    )
+
+
+def _sample_text(sampled: Sampled) -> str:
+    share = sampled.bytes / sampled.of_bytes if sampled.of_bytes else 0.0
+    return (
+        f"sample: {share:.1%} of the bytes, {sampled.containers:,} of {count(sampled.of_containers, 'container')}; "
+        f"again: --sample {sampled.share * 100:g}% --seed {sampled.seed}"
+    )
 
 
 @click.command()

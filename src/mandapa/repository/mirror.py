@@ -243,6 +243,8 @@ class _Artifact:
         self._here: Log[ArtifactState] = destination.log(mirror_id)
         self._progress = progress
         self._ours: set[str] = set()
+        self._seen = 0
+        """Records of the mirror that this round knows: what others say after them begins a new one."""
         self.versions = self.records = self.added = 0
         self.removed = False
 
@@ -275,6 +277,7 @@ class _Artifact:
             self._register()
         if self._here.state.closed:
             raise ConflictError(f"{self._name}: its mirror is being removed; 'mandapa artifact remove' ends that")
+        self._seen = len(self._here.records)
         told = {record.txn for record in self._here.records}
         first = next((at + 1 for at in reversed(range(len(txns))) if txns[at] in told), 0)
         state = self._state_at(records[first - 1].seq if first else -1, all_=first == len(records))
@@ -329,16 +332,17 @@ class _Artifact:
 
     def _follow(self, record: Record, txn: str) -> None:
         """Tell one record again, with the content of the versions that it makes."""
-        if self._here.find(txn) is not None:
-            return  # another mirror has told it, which was read since this round began
-        since = len(self._here.records)
+        numbers = _brought(record)
+        if numbers:
+            self._here.refresh()
+        for other in self._here.records[self._seen :]:
+            self._seen += 1
+            if other.txn == txn:
+                return  # by another mirror
+            if not is_upkeep(other):
+                raise _AgainError
         copies: dict[int, _Copy] = {}
-        for number in _brought(record):
-            if not copies:
-                self._here.refresh()
-                since = len(self._here.records)
-                if any(one.txn == txn for one in reversed(self._here.records)):
-                    return
+        for number in numbers:
             copy = self._copy(number, txn)
             if copy is not None:
                 copies[number] = copy
@@ -368,7 +372,10 @@ class _Artifact:
 
         author = self._to.author
         with suppress(_NothingToDoError):
-            self._here.append(txn, build, author, since=since, on_record=notice, run=record.run, used=record.used)
+            made = self._here.append(
+                txn, build, author, since=self._seen, on_record=notice, run=record.run, used=record.used
+            )
+            self._seen = made.seq + 1
             self.records += 1
         self.versions += len(copies)
 

@@ -101,15 +101,27 @@ class Scheduler:
             self._over.release()
 
 
+class Life:
+    """Of one process: each call of a store may be its last, and when it is over, no store hears of it again."""
+
+    def __init__(self, random: Random, killed: float) -> None:
+        self._random = random
+        self._killed = killed
+        self.over = False
+
+    def risk(self) -> bool:
+        """Whether it ends here."""
+        self.over = self.over or self._random.random() < self._killed
+        return self.over
+
+
 class ProcessStore:
     """The store as one process sees it: each call gives the baton away first, and may be the process's last."""
 
-    def __init__(self, store: ObjectStore, scheduler: Scheduler, random: Random, *, killed: float) -> None:
+    def __init__(self, store: ObjectStore, scheduler: Scheduler, life: Life) -> None:
         self._store = store
         self._scheduler = scheduler
-        self._random = random
-        self._killed = killed
-        self._dead = False
+        self._life = life
 
     @property
     def url(self) -> str:
@@ -153,13 +165,11 @@ class ProcessStore:
         return page
 
     def _call(self, event: str, call: Callable[[], _T]) -> _T:
-        if not self._dead:
+        if not self._life.over:
             self._scheduler.switch(event)
-            self._dead = self._random.random() < self._killed
-        if self._dead:
+        if self._life.risk():
             raise Crash(event)
         result = call()
-        if self._random.random() < self._killed:
-            self._dead = True
+        if self._life.risk():
             raise Crash("after " + event)
         return result

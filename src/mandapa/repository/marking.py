@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, TypeAlias
@@ -65,14 +65,14 @@ class Marks:
     def add_all(self, several: list[LogFacts]) -> None:
         """Mark what is live at the tails of logs, as they were read. Raises as `add`."""
         live = [(facts, self._live(facts, _last(facts), _last(facts))) for facts in several]
-        roots = {root for _, found in live for _, root in found}
+        roots = dict.fromkeys(root for _, found in live for _, root in found)
         try:
             ids = self.reach.union(roots)
         except (NotFoundError, CorruptionError, FormatVersionError):  # one by one, to tell which
             for facts, _ in live:
                 self.add(facts, _last(facts))
         else:
-            self._mark(ids, roots)
+            self._mark(ids, roots.keys())
 
     def add(self, facts: LogFacts, at: int) -> None:
         """Mark what was live at record ``at`` of a log; and at all later ones, if some of it is gone.
@@ -128,7 +128,7 @@ class Marks:
                     raise self._broken(facts, number, root, str(error)) from error
         return lost
 
-    def _mark(self, ids: NDArray[int64], roots: set[Root]) -> None:
+    def _mark(self, ids: NDArray[int64], roots: Set[Root]) -> None:
         self.keys |= self.keys_of(ids)
         self._roots |= roots
 

@@ -106,7 +106,10 @@ class Reach:
         Raises as `of`.
         """
         number = self._node(self._start(address))
-        return self._known.ids([], [number]), [Known.address_of(key) for key in self._known.children(number)]
+        children = self._known.children(number)
+        for key in children:
+            self._check_child(number, self._node(key), key)
+        return self._known.ids([], [number]), [Known.address_of(key) for key in children]
 
     def container_of(self, ids: Ids) -> Ids:
         """The index of each range's container in `containers`."""

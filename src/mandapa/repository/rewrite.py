@@ -407,7 +407,7 @@ class _Rewrite:
                 raise CorruptionError("its manifest holds something else than its record says: run 'mandapa fsck'")
             self._mover.flush()
             record = Move(version, root, version.requires, self._mover.fresh).commit(repo, log, self._since[log.id])
-        except _FAILURES as error:
+        except (*_FAILURES, InvalidInputError) as error:  # the last: a node would be larger than one may be
             return self._explain(target, error)
         except StaleError as error:
             if isinstance(error, CondemnedError):

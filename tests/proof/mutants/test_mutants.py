@@ -16,7 +16,6 @@ from random import Random
 
 import pytest
 from msgspec.structs import replace
-from prooflib.collector import collect, collect_all
 from prooflib.hooks import HookedObjectStore
 from prooflib.repacking import repack
 
@@ -26,6 +25,7 @@ from mandapa.format.records import decode_record, encode_record
 from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository import artifact, packs, transaction
 from mandapa.repository.fsck import fsck
+from mandapa.repository.gc import Collection
 from mandapa.repository.log import Author, Log
 from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState
@@ -90,11 +90,11 @@ class Stage:
         self.told.append((name, TXN, {"new": self.old, **files}))
 
     def gc(self) -> None:
-        collect_all(self.others)
+        self.others.gc(grace=0)
 
     def gc_until(self, step: str) -> Callable[[], None]:
         """A gc that pauses after a step; gives what makes it go on to its end."""
-        steps = collect(self.others)
+        steps = Collection(self.others, grace=0).steps()
         while (done := next(steps)) != step:
             assert done != "nothing to do"
 

@@ -101,7 +101,7 @@ def test_an_empty_repository():
 
 
 def test_cost_of_logs_that_have_not_moved(cache):
-    """1,000 artifacts: a request for each 1,000 records, to list them, and one for the catalog, in a new process, too."""
+    """1,000 artifacts: a request for each 1,000 records, to list them, and one for the catalog; a new process, too."""
     store = MemoryObjectStore()
     repo = Repository.create(store, threads=0)
     for number in range(1000):

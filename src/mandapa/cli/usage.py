@@ -1,0 +1,126 @@
+"""The command that tells what a repository takes: ``du``."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from mandapa.cli.session import Session, common, pass_session
+from mandapa.cli.text import clean, count, size, table
+
+if TYPE_CHECKING:
+    from mandapa.repository.prices import Prices
+    from mandapa.repository.usage import By, Row, Usage
+
+__all__ = ["COMMANDS"]
+
+_LINES = 40
+_NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "reclaimable", "objects", "writes")
+
+
+@click.command()
+@click.option(
+    "--by", type=click.Choice(["artifact", "run", "month"]), default="artifact", help="What a row stands for."
+)
+@click.option("--all", "all_", is_flag=True, help=f"Every row, not only the {_LINES} largest.")
+@click.option(
+    "--prices",
+    "prices_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
+)
+@common
+@pass_session
+def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
+    """Tell what is stored, what of it is shared, what could go, and what it costs. Nothing is changed."""
+    repo = session.open()
+    usage = repo.usage(by, _prices(prices_file))
+    session.emit(_value(usage), lambda: _text(usage, None if all_ else _LINES))
+
+
+def _prices(path: str | None) -> Prices | None:
+    from mandapa.repository.prices import Prices
+
+    path = path or os.environ.get("MANDAPA_PRICES")
+    return Prices.load(path) if path else None
+
+
+def _value(usage: Usage) -> dict[str, Any]:
+    return {
+        "by": usage.by,
+        "rows": [_row_value(row) for row in usage.rows],
+        "total": _row_value(usage.total),
+        "unreached": {"objects": usage.unreached, "bytes": usage.unreached_bytes},
+        "unreadable": [{"address": one.address, "problem": one.problem} for one in usage.unreadable],
+        "prices": msgspec.to_builtins(usage.prices),
+    }
+
+
+def _row_value(row: Row) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        **{name: getattr(row, name) for name in _NUMBERS},
+        "cost": msgspec.to_builtins(row.cost),
+    }
+
+
+def _text(usage: Usage, most: int | None) -> str:
+    priced = usage.prices.storage_gb_month > 0
+    head = [usage.by, "versions", "logical", "stored", "shared", "exclusive", "reclaimable", "objects"]
+    rows = usage.rows[:most]
+    cells = [_cells(row, clean(row.name)) for row in rows]
+    left = usage.rows[len(rows) :]
+    if left:
+        cells.append([f"{len(left):,} more", "", "", "", "", "", "", ""])
+    cells.append(_cells(usage.total, "total"))
+    if priced:
+        head.append("a month")
+        for line, row in zip(cells, [*rows, *[None] * bool(left), usage.total], strict=True):
+            line.append("" if row is None else _money(row.cost.month, usage.prices))
+    lines = [table([head, *cells], right=range(1, len(head)))]
+    lines += [
+        f"cannot be read, and is not counted: {clean(one.address)}: {clean(one.problem)}" for one in usage.unreadable
+    ]
+    if priced:
+        lines.append(_priced(usage))
+    lines += _advice(usage)
+    return "\n".join(lines)
+
+
+def _cells(row: Row, name: str) -> list[str]:
+    sizes = [row.logical, row.stored, row.shared, row.exclusive, row.reclaimable]
+    return [name, f"{row.versions:,}", *map(size, sizes), f"{row.objects:,}"]
+
+
+def _money(amount: float, prices: Prices) -> str:
+    number = f"{amount:,.2f}" if amount >= 0.995 or amount == 0 else f"{amount:.2g}" if amount >= 1e-4 else "0.00"
+    return f"{number} {clean(prices.currency)}"
+
+
+def _priced(usage: Usage) -> str:
+    total, prices = usage.total, usage.prices
+    whose = ", ".join([clean(word) for word in (prices.source, prices.date) if word])
+    parts = [
+        f"about {total.writes:,} writes were needed: {_money(total.cost.writes, prices)}",
+        f"to read it all once: {_money(total.cost.read, prices)}",
+        *([f"prices: {whose}"] if whose else []),
+    ]
+    return "; ".join(parts)
+
+
+def _advice(usage: Usage) -> list[str]:
+    """What to run next, when something can go."""
+    if not usage.total.reclaimable:
+        return []
+    whole = f"{count(usage.unreached, 'object')} ({size(usage.unreached_bytes)}) that no live version needs"
+    return [
+        f"{size(usage.total.reclaimable)} can go: {whole}, the rest inside of others",
+        "see what a clean-up would free: mandapa gc; which versions could be deleted before: mandapa expire",
+    ]
+
+
+COMMANDS = (du,)

@@ -156,8 +156,8 @@ class Look:
     """
 
     def __init__(self, repository: Repository, grace: float) -> None:
-        if not grace >= 0:
-            raise InvalidInputError(f"grace={grace}: seconds, 0 or more")
+        if not 0 <= grace < float("inf"):
+            raise InvalidInputError(f"grace={grace}: a number of seconds, 0 or more")
         store = repository.store
         self.repository = repository
         self.grace = Grace(_now(repository), grace)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mandapa.cli.plans import read_plan
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, ranges, size, table
+from mandapa.cli.usage import money, prices_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mandapa.repository.garbage import GcPlan, Share
     from mandapa.repository.gc import Collected
+    from mandapa.repository.prices import Prices
 
 __all__ = ["COMMANDS"]
 
@@ -26,29 +30,44 @@ _WEEK = 7 * 86_400
     "--grace", type=click.FloatRange(min=0), metavar="SECONDS", help="How long what was deleted stays: 7 days."
 )
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
-@click.option("--apply", "apply_file", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Do it.")
+@click.option("--apply", "apply_file", type=click.Path(dir_okay=False), metavar="FILE", help="Do it.")
 @click.option("--yes", is_flag=True, help="Plan, and do it.")
+@click.option(
+    "--prices",
+    "prices_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
+)
 @common
 @pass_session
-def gc(session: Session, grace: float | None, plan_file: str | None, apply_file: str | None, yes: bool) -> None:
+def gc(
+    session: Session,
+    grace: float | None,
+    plan_file: str | None,
+    apply_file: str | None,
+    yes: bool,
+    prices_file: str | None,
+) -> None:
     """Free the bytes that no version needs. Without --apply or --yes: show what would go, and stop.
 
     Deleted versions can be brought back for 7 days, by the store's clock; after that their bytes go. Everybody may go
     on writing and reading.
     """
     from mandapa.repository.garbage import GcPlan
+    from mandapa.repository.prices import Prices
 
     if sum([plan_file is not None, apply_file is not None, yes]) > 1:
         raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
-    if grace is not None and grace < _WEEK:
-        message = (
-            f"--grace {grace:g}: versions that were deleted longer ago than that cannot be brought back after this"
-        )
-        click.echo(message, err=True)
     plan = None
     if apply_file is not None:
-        with open(apply_file, "rb") as file:
-            plan = GcPlan.from_json(file.read())
+        plan = GcPlan.from_json(read_plan(apply_file))
+    seconds = grace if grace is not None else _WEEK if plan is None else plan.grace
+    if seconds < _WEEK:
+        message = (
+            f"a grace of {seconds:g} seconds: what was deleted longer ago than that cannot be brought back any more"
+        )
+        click.echo(message, err=True)
     repo = session.open()
     if apply_file is not None or yes:
         with Bar("cleaning up", unit="objects") as bar:
@@ -59,13 +78,13 @@ def gc(session: Session, grace: float | None, plan_file: str | None, apply_file:
     if plan_file is not None:
         with open(plan_file, "wb") as out:
             out.write(plan.to_json())
-    again = "mandapa gc " + (f"--apply {clean(plan_file)}" if plan_file else "--yes")
-    if grace is not None and plan_file is None:
-        again += f" --grace {grace:g}"
-    session.emit(_plan_value(plan), lambda: _plan_text(plan, again))
+    words = ["--apply", plan_file] if plan_file else ["--yes", *([] if grace is None else ["--grace", f"{grace:g}"])]
+    again = shlex.join(["mandapa", "gc", *words])
+    prices = prices_of(prices_file) or Prices.of(repo.url)
+    session.emit(_plan_value(plan, prices), lambda: _plan_text(plan, prices, again))
 
 
-def _plan_value(plan: GcPlan) -> dict[str, Any]:
+def _plan_value(plan: GcPlan, prices: Prices) -> dict[str, Any]:
     return {
         "grace": plan.grace,
         "objects": len(plan.objects),
@@ -74,6 +93,8 @@ def _plan_value(plan: GcPlan) -> dict[str, Any]:
         "half_dead": len(plan.half_dead),
         "rewritten": plan.rewritten,
         "later": plan.later,
+        "month": prices.cost(stored=plan.freed).month,
+        "currency": prices.currency,
     }
 
 
@@ -81,17 +102,18 @@ def _share_value(share: Share) -> dict[str, Any]:
     return {"artifact": share.artifact, "objects": share.objects, "bytes": share.bytes, "lost": list(share.lost)}
 
 
-def _plan_text(plan: GcPlan, again: str) -> str:
+def _plan_text(plan: GcPlan, prices: Prices, again: str) -> str:
     if not plan.objects and not plan.half_dead:
         return "nothing to free"
     lines = [_shares_text(plan.shares, "cannot be brought back then")] if plan.shares else []
-    lines.append(f"{count(len(plan.objects), 'object')}, {size(plan.freed)}, would be freed; nothing was done")
+    month = f", {money(prices.cost(stored=plan.freed).month, prices)} a month" if prices.storage_gb_month else ""
+    lines.append(f"{count(len(plan.objects), 'object')}, {size(plan.freed)}{month}, would be freed; nothing was done")
     if plan.half_dead:
         lines.append(
             f"{count(len(plan.half_dead), 'pack')} of {size(plan.later)}, of which little is needed, would be freed by "
             f"a later one; about {size(plan.rewritten)} would be stored anew for that"
         )
-    return "\n".join([*lines, f"do it: {again}"])
+    return "\n".join([*lines, f"do it: {clean(again)}"])
 
 
 def _shares_text(shares: Sequence[Share], meaning: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS"]
 
 _PIECE = 4 << 20
+_JSON_MAX = 256 << 20  # bytes of a file that is given as one string
 
 
 @click.command()
@@ -101,7 +102,9 @@ def cat(session: Session, address: str) -> None:
         raise InvalidInputError(f"name a file in {version.address}, as in 'mandapa cat {version.address}/hparams.yaml'")
     with version.open(version.path) as file:
         if session.json:
-            session.emit(_content(version, file.read()), str)
+            if (version.assets[version.path].size or 0) > _JSON_MAX:
+                raise InvalidInputError(f"{version.path} has more than {_JSON_MAX >> 20} MiB: take it without --json")
+            session.emit(_content(version, file.read(_JSON_MAX)), str)
             return
         out = sys.stdout.buffer
         first = True

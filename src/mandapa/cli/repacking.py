@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mandapa.cli.plans import read_plan
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table
@@ -34,8 +35,7 @@ def repack(session: Session, artifact: str, plan_file: str | None, apply_file: s
         raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
     target = session.open().artifact(artifact)
     if apply_file is not None:
-        with open(apply_file, "rb") as file:
-            plan = RepackPlan.from_json(file.read())
+        plan = RepackPlan.from_json(read_plan(apply_file))
     else:
         plan = target.plan_repack()
     if apply_file is None and not yes:

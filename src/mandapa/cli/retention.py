@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mandapa.cli.plans import read_plan
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table, time
 
@@ -81,8 +82,7 @@ def expire(
     if apply_file is not None:
         if artifacts or every or policy is not None:
             raise click.UsageError("--apply takes a plan, and nothing else", context)
-        with open(apply_file, "rb") as file:
-            plan = ExpirePlan.from_json(file.read())
+        plan = ExpirePlan.from_json(read_plan(apply_file))
         repo = session.open()
     else:
         if bool(artifacts) == every:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
+from mandapa.content.private import make_private
 from mandapa.digest import digest
 from mandapa.format.strict import CHUNK_MAX
 from mandapa.object_store.base import Buffer
@@ -46,7 +47,8 @@ class ChunkCache:
     that leaves 28/32, nothing is put for a minute. (Each process beyond four that put at once may add 1/32.)
 
     Args:
-        folder: Where the files are; made when something is put, mode 0700.
+        folder: Where the files are; made when something is put, mode 0700. Nothing is put into one of another user, or
+            that all may write to.
         limit: Bytes.
         clock: Seconds since the epoch, as file times are.
 
@@ -145,7 +147,8 @@ class ChunkCache:
         try:
             entries = sorted(self._entries(now))
             total = sum([entry.size for entry in entries])
-            os.makedirs(self._folder, mode=0o700, exist_ok=True)
+            if not make_private(self._folder):
+                raise PermissionError(self._folder)
             disk = os.statvfs(self._folder)
             limit = min(self._limit, (total + disk.f_bavail * disk.f_frsize) // 2)
             share = limit // _SHARE

@@ -14,6 +14,7 @@ from zlib import crc32
 
 import msgspec
 
+from mandapa.content.private import make_private
 from mandapa.content.walk import Found
 from mandapa.digest import digest, hexdigest
 from mandapa.format.manifest import Chunk, FileRow, Leaf, Part
@@ -88,6 +89,7 @@ class Index:
 
     Args:
         cache_dir: Where the file is kept, made if missing (mode 0700); None keeps everything in this process's memory.
+            One that is another user's, or that all may write to, is not used: what it says would be believed.
         repository: The repository's id.
         url: Where the repository is, so that a copy of it with the same id has another file.
     """
@@ -247,8 +249,8 @@ class Index:
             return None
         for _ in range(2):
             try:
-                if self._path != ":memory:":
-                    os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+                if self._path != ":memory:" and not make_private(os.path.dirname(self._path)):
+                    break
                 db = sqlite3.connect(self._path, timeout=0.2, isolation_level=None, check_same_thread=False)
                 try:
                     _prepare(db)

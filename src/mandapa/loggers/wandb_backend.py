@@ -32,6 +32,7 @@ __all__ = ["WandbBackend"]
 
 _PATIENCE = 30.0  # seconds after which it is told that W&B has not confirmed something yet
 _TICK = 0.1
+_STATE_MAX = 256 << 20  # bytes; a million files
 _QUIET = {"silent": True, "console": "off", "x_disable_stats": True, "x_disable_meta": True, "disable_code": True}
 """Settings of a W&B run that only logs what is left: it says nothing, and watches nothing."""
 _KEYS_MAX = 90  # of an artifact's metadata; W&B takes 100
@@ -94,7 +95,7 @@ class WandbBackend:
     def _load(self) -> _State:
         try:
             with open(self._path, "rb") as file:
-                return msgspec.json.decode(file.read(), type=_State)
+                return msgspec.json.decode(file.read(_STATE_MAX), type=_State)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError):
             return _State()
 

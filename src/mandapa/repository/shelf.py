@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+from mandapa.content.private import make_private
 from mandapa.digest import digest, hexdigest
 
 __all__ = ["Kept", "Shelf"]
@@ -33,7 +34,8 @@ class Shelf:
     takes effect only if nobody wrote since the read that it rests on.
 
     Args:
-        cache_dir: The folder of its file, made if missing (mode 0700); None keeps the rows in memory.
+        cache_dir: The folder of its file, made if missing (mode 0700); None keeps the rows in memory. One that is
+            another user's, or that all may write to, is not used.
         name: What is kept.
         repository: The repository's id.
         url: Where the repository is, so that a copy of it with the same id has another file.
@@ -53,6 +55,8 @@ class Shelf:
         if not os.path.exists(self._path):
             return Kept(b"", {})
         try:
+            if not make_private(os.path.dirname(self._path)):
+                return Kept(b"unreadable", {})
             with self._opened() as db:
                 found = db.execute("SELECT key, value, seal FROM kept").fetchall()
         except sqlite3.OperationalError:  # locked, or not ours to read
@@ -72,7 +76,8 @@ class Shelf:
                 self._memory = Kept(stamp, {**rows, **put})
             return
         try:
-            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            if not make_private(os.path.dirname(self._path)):
+                return
             with self._opened() as db:
                 db.execute("BEGIN IMMEDIATE")
                 now = db.execute("SELECT value FROM kept WHERE key=?", (_STAMP,)).fetchone()

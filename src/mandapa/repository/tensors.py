@@ -329,7 +329,7 @@ def _named(version: Version, path: str, structure: Structure) -> Structure:
     if (asset.size or 0) > _NAMES_SIZE:
         raise InvalidInputError(f"{version.address}/{NAMES} has more than {_NAMES_SIZE} bytes")
     with version.open(NAMES) as file:
-        data = file.read()
+        data = file.read(_NAMES_SIZE)
     try:
         names = _decode_names(data).names.get(path, {})
     except (ValueError, RecursionError) as error:

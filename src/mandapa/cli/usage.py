@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mandapa.repository.prices import Prices
     from mandapa.repository.usage import By, Row, Usage
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "money", "prices_of"]
 
 _LINES = 40
 _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "reclaimable", "objects", "writes")
@@ -38,11 +38,12 @@ _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "
 def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
     """Tell what is stored, what of it is shared, what could go, and what it costs. Nothing is changed."""
     repo = session.open()
-    usage = repo.usage(by, _prices(prices_file))
+    usage = repo.usage(by, prices_of(prices_file))
     session.emit(_value(usage), lambda: _text(usage, None if all_ else _LINES))
 
 
-def _prices(path: str | None) -> Prices | None:
+def prices_of(path: str | None) -> Prices | None:
+    """The prices of a file, else of the one that ``MANDAPA_PRICES`` names, if any."""
     from mandapa.repository.prices import Prices
 
     path = path or os.environ.get("MANDAPA_PRICES")
@@ -80,7 +81,7 @@ def _text(usage: Usage, most: int | None) -> str:
     if priced:
         head.append("a month")
         for line, row in zip(cells, [*rows, *[None] * bool(left), usage.total], strict=True):
-            line.append("" if row is None else _money(row.cost.month, usage.prices))
+            line.append("" if row is None else money(row.cost.month, usage.prices))
     lines = [table([head, *cells], right=range(1, len(head)))]
     lines += [
         f"cannot be read, and is not counted: {clean(one.address)}: {clean(one.problem)}" for one in usage.unreadable
@@ -96,7 +97,8 @@ def _cells(row: Row, name: str) -> list[str]:
     return [name, f"{row.versions:,}", *map(size, sizes), f"{row.objects:,}"]
 
 
-def _money(amount: float, prices: Prices) -> str:
+def money(amount: float, prices: Prices) -> str:
+    """An amount in the currency of prices."""
     number = f"{amount:,.2f}" if amount >= 0.995 or amount == 0 else f"{amount:.2g}" if amount >= 1e-4 else "0.00"
     return f"{number} {clean(prices.currency)}"
 
@@ -105,8 +107,8 @@ def _priced(usage: Usage) -> str:
     total, prices = usage.total, usage.prices
     whose = ", ".join([clean(word) for word in (prices.source, prices.date) if word])
     parts = [
-        f"about {total.writes:,} writes were needed: {_money(total.cost.writes, prices)}",
-        f"to read it all once: {_money(total.cost.read, prices)}",
+        f"about {total.writes:,} writes were needed: {money(total.cost.writes, prices)}",
+        f"to read it all once: {money(total.cost.read, prices)}",
         *([f"prices: {whose}"] if whose else []),
     ]
     return "; ".join(parts)

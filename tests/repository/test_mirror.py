@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import numpy as np
 import pytest
 
@@ -12,68 +15,9 @@ from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author
 from mandapa.repository.replay import ORIGIN
 from mandapa.repository.repository import Repository
-from mandapa.testing.faults import CountingObjectStore
 
-
-def repository(store=None, **options) -> Repository:
-    return Repository.create(MemoryObjectStore() if store is None else store, **options)
-
-
-def reopened(repo: Repository, **options) -> Repository:
-    """The same, as another process on another machine sees it."""
-    return Repository(repo.place, **options)
-
-
-def commit(repo: Repository, name: str = "m", message: str = "", *, alias: str = "", **files: bytes) -> int:
-    with repo.artifact(name).transaction(message=message) as txn:
-        for path, data in files.items():
-            txn.add_bytes(path.replace("__", "/"), data)
-        if alias:
-            txn.alias(alias)
-    assert txn.version is not None
-    return txn.version.number
-
-
-def content(version) -> dict[str, object]:
-    return {
-        path: (asset.executable, version.open(path).read()) if asset.kind == "file" else (asset.url, asset.checksum)
-        for path, asset in version.assets.items()
-    }
-
-
-def facts(version) -> dict[str, object]:
-    return {name: fact for name, fact in version.facts.items() if name != ORIGIN}
-
-
-def says(repo: Repository, *, origins: bool = False) -> dict[str, object]:
-    """All that a repository says of its artifacts, but for where bytes are and who wrote the records."""
-    repo = reopened(repo)
-    found: dict[str, object] = {}
-    for artifact in repo.artifacts():
-        state = artifact.state()
-        if not state.versions:
-            continue
-        found[artifact.name] = {
-            "versions": {
-                v.number: (v.digest, v.message, v.metadata, v.parent, v.run, v.used, v.size, facts(v), content(v))
-                for v in artifact.versions()
-            },
-            "deleted": {v.number: (v.digest, v.message, v.metadata, v.parent) for v in artifact.deleted()},
-            "aliases": artifact.aliases(),
-            "tags": artifact.tags(),
-            "burned": sorted(state._burned),
-        }
-    return found
-
-
-def check(source: Repository, destination: Repository) -> None:
-    """The destination says what the source says, and is whole."""
-    assert says(destination) == says(source)
-    assert fsck(reopened(destination), deep=True).findings == []
-
-
-def sent(store: CountingObjectStore) -> int:
-    return sum(count for verb, count in store.requests.items() if verb in ("put", "create"))
+sys.path.insert(0, os.path.dirname(__file__))
+from mirroring import check, commit, reopened, repository, says
 
 
 @pytest.fixture

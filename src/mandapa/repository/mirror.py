@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Mirrored", "MirroredArtifact", "mirror"]
 
 _TRIES = 20
-"""Rounds over one artifact, or tries at one version, that others may spoil."""
+"""Rounds over one artifact that bring nothing, or tries at one version, that others may spoil."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,12 +136,13 @@ class _Mirror:
 
     def _read_all(self) -> None:
         """Read all logs together, if they are all sound; else each is read when its turn comes."""
-        self._destination.catalog.refresh()
-        self._source.catalog.refresh()
-        with suppress(CorruptionError, FormatVersionError):
+        try:
             read_logs(self._destination)
             read_logs(self._source)
             self._all_read = True
+        except (CorruptionError, FormatVersionError):
+            self._destination.catalog.refresh()
+            self._source.catalog.refresh()
 
     def _wanted(self, only: tuple[str, ...]) -> dict[str, str]:
         """Name -> id of the artifacts of the source that the patterns name."""
@@ -243,6 +244,8 @@ class _Artifact:
         self._here: Log[ArtifactState] = destination.log(mirror_id)
         self._progress = progress
         self._ours: set[str] = set()
+        self._told = 0
+        """How many records of the source are told, as of the last look."""
         self._seen = 0
         """Records of the mirror that this round knows: what others say after them begins a new one."""
         self.versions = self.records = self.added = 0
@@ -254,11 +257,14 @@ class _Artifact:
             self._look()
         if self._there.state.read_only:
             raise FormatVersionError(f"{self._name}: its log holds ops of a newer mandapa: upgrade to mirror it")
-        for _ in range(_TRIES):
+        tries, told = 0, -1
+        while tries < _TRIES:
             try:
                 return self._round()
             except _AgainError:
                 self._look()
+            tries = 0 if self._told > told else tries + 1
+            told = self._told
         raise StorageError(f"{self._name}: others keep writing to its mirror; try later", retryable=True)
 
     def _look(self) -> None:
@@ -279,7 +285,7 @@ class _Artifact:
             raise ConflictError(f"{self._name}: its mirror is being removed; 'mandapa artifact remove' ends that")
         self._seen = len(self._here.records)
         told = {record.txn for record in self._here.records}
-        first = next((at + 1 for at in reversed(range(len(txns))) if txns[at] in told), 0)
+        first = self._told = next((at + 1 for at in reversed(range(len(txns))) if txns[at] in told), 0)
         state = self._state_at(records[first - 1].seq if first else -1, all_=first == len(records))
         self._compare(state)
         for record, txn in zip(records[first:], txns[first:], strict=True):

@@ -313,8 +313,10 @@ def test_keys_that_are_no_records_are_ignored(store, cache):
     [first] = [id_ for name, id_ in repo.catalog.state.names.items() if name == name_of(0)]
     store.put(f"log/{first}/readme", b"?")
     store.put(f"log/{first}/00000000000000000", b"?")
+    store.put(f"log/{first}/more/{5:016d}", b"?")
     store.put("log/readme", b"?")
     store.put(log_key("ab" * 16, 0), b"?")
+    store.put(log_key("ab" * 16, 7), b"?")
     check(store, read_logs(opened(store, cache)))
 
 

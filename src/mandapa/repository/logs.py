@@ -13,7 +13,7 @@ import msgspec
 
 from mandapa.content.parallel import in_order
 from mandapa.errors import CorruptionError, FormatVersionError
-from mandapa.format.keys import log_key, log_prefix, parse_seq
+from mandapa.format.keys import log_prefix, parse_seq
 from mandapa.repository.log import Log
 from mandapa.repository.shelf import Kept
 from mandapa.repository.state import ArtifactState
@@ -78,7 +78,7 @@ def read_logs(repo: Repository) -> list[LogFacts]:
     logs = [repo.log(id_) for id_ in ids]
     before = [len(log.records) for log in logs]
     kept = repo.kept_logs.read()
-    listed = _listed(repo)
+    listed = _listed(repo, ids)
     known = _segments(kept)
     moved = []
     for log, count in zip(logs, before, strict=True):
@@ -114,7 +114,7 @@ def keep_logs(repo: Repository) -> None:
     _keep(repo, kept, _segments(kept), [repo.log(id_) for id_ in [*catalog.names.values(), *catalog.removed]])
 
 
-def _listed(repo: Repository) -> dict[str, list[ObjectInfo]]:
+def _listed(repo: Repository, ids: Sequence[str]) -> dict[str, list[ObjectInfo]]:
     """Artifact id -> the objects of its records, as one listing shows them; keys that are none of a record are ignored.
 
     What comes after a gap is left out, when the record in the gap is there: a folder that grows while it is listed may
@@ -123,15 +123,13 @@ def _listed(repo: Repository) -> dict[str, list[ObjectInfo]]:
     found: defaultdict[str, list[ObjectInfo]] = defaultdict(list)
     gaps: set[str] = set()
     for info in repo.store.list(_PREFIX):
-        id_, _, _ = info.key[len(_PREFIX) :].partition("/")
-        seq = parse_seq(info.key)
-        if seq is None or id_ in gaps or info.key != log_key(id_, seq):
-            continue
-        if seq != len(found[id_]):
+        id_, _, number = info.key[len(_PREFIX) :].partition("/")
+        infos = found[id_]
+        if number == f"{len(infos):016d}" and id_ not in gaps:
+            infos.append(info)
+        elif "/" not in number and parse_seq(number) is not None:
             gaps.add(id_)
-            continue
-        found[id_].append(info)
-    for id_ in gaps:
+    for id_ in gaps.intersection(ids):
         repo.log(id_).check_there(len(found[id_]), log_prefix(id_))
     return found
 

@@ -264,31 +264,42 @@ class CatalogState:
     """Artifact id -> its last name."""
     settings: dict[str, Any] = field(default_factory=dict)
     read_only: bool = False
+    _by_id: dict[str, str] = field(default_factory=dict)
+    """Artifact id -> name, of those in ``names``."""
+    _by_low: dict[str, str] = field(default_factory=dict)
+    """Lower-case name -> name, of those in ``names``."""
 
     def copy(self) -> CatalogState:
         """A shallow copy: values are immutable."""
-        return replace(self, names=dict(self.names), removed=dict(self.removed), settings=dict(self.settings))
+        return replace(
+            self,
+            names=dict(self.names),
+            removed=dict(self.removed),
+            settings=dict(self.settings),
+            _by_id=dict(self._by_id),
+            _by_low=dict(self._by_low),
+        )
 
     def name_of(self, artifact: str) -> str | None:
         """The name of an artifact that is not removed."""
-        return next((name for name, found in self.names.items() if found == artifact), None)
+        return self._by_id.get(artifact)
 
     def apply(self, op: Op, record: Record) -> None:
         """Take one op in."""
         match op:
             case RegisterOp():
-                if op.artifact in self.removed or op.artifact in self.names.values():
+                if op.artifact in self.removed or op.artifact in self._by_id:
                     raise PreconditionError(f"the artifact id {op.artifact} was used before")
                 self._check_free(op.name, None)
-                self.names[op.name] = op.artifact
+                self._add(op.name, op.artifact)
             case RenameOp():
                 old = self._registered(op.artifact)
                 self._check_free(op.name, op.artifact)
-                del self.names[old]
-                self.names[op.name] = op.artifact
+                self._drop(old)
+                self._add(op.name, op.artifact)
             case RemoveOp():
                 self.removed[op.artifact] = self._registered(op.artifact)
-                del self.names[self.removed[op.artifact]]
+                self._drop(self.removed[op.artifact])
             case SettingsOp():
                 merged = {**self.settings, **op.values}
                 self.settings = {key: value for key, value in merged.items() if value is not None}
@@ -304,10 +315,17 @@ class CatalogState:
         return name
 
     def _check_free(self, name: str, own: str | None) -> None:
-        low = name.lower()
-        for other, artifact in self.names.items():
-            if other.lower() == low and artifact != own:
-                raise PreconditionError(f"there is an artifact {other!r} already, and names differ by more than case")
+        other = self._by_low.get(name.lower())
+        if other is not None and self.names[other] != own:
+            raise PreconditionError(f"there is an artifact {other!r} already, and names differ by more than case")
+
+    def _add(self, name: str, artifact: str) -> None:
+        self.names[name] = artifact
+        self._by_id[artifact] = self._by_low[name.lower()] = name
+
+    def _drop(self, name: str) -> None:
+        del self._by_id[self.names.pop(name)]
+        del self._by_low[name.lower()]
 
 
 def parse_time(text: str) -> datetime:

@@ -76,3 +76,21 @@ def test_the_peers_benchmark_prints_its_tables(tmp_path: Path) -> None:
     for plot in ("bytes", "commits", "restores", "codecs"):
         ET.parse(tmp_path / "plots" / f"{plot}.svg")
     assert not list(tmp_path.glob("mandapa-peers-*"))
+
+
+def test_the_benchmark_of_clean_ups_prints_its_table(tmp_path: Path) -> None:
+    """One create for each artifact, one for the catalog and one for the list; nothing when nothing can go."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gc.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script), "--artifacts", "3", "--folder", str(tmp_path / "repo")],
+        env={**os.environ, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    assert [row[0] for row in rows[2:]] == ["first", "again", "nothing to free"]
+    creates = rows[0].index("create")
+    assert [row[creates] for row in rows[2:]] == ["5", "5", "0"]

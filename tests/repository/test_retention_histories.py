@@ -21,29 +21,38 @@ from mandapa.repository.repository import Repository
 from mandapa.repository.retention import ExpirePlan
 from mandapa.repository.state import ArtifactState, fold
 
-EXAMPLES = 2000 if os.environ.get("MANDAPA_SOAK") else 80
+EXAMPLES = 2000 if os.environ.get("MANDAPA_SOAK") else 100
 
 metadata = st.fixed_dictionaries(
     {}, optional={"loss": st.sampled_from([1, 2.5, -3, "NaN", None]), "step": st.integers(0, 12)}
 )
 policies = st.builds(
-    lambda **rules: Policy(**rules if any(list(rules.values())[:4]) else {**rules, "keep_last": 1}),
-    keep_last=st.integers(0, 3),
-    keep_best=st.lists(st.sampled_from(["1:loss:min", "2:loss:max"]), max_size=2),
-    keep_every=st.sampled_from([0, 0, 4]),
-    newer_than=st.sampled_from(["", "", "60h"]),
+    lambda rule, more, **switches: Policy(**{**rule, **more}, **switches),
+    rule=st.sampled_from(
+        [
+            {"keep_last": 1},
+            {"keep_last": 2},
+            {"keep_best": ["1:loss:min"]},
+            {"keep_best": ["1:loss:max", "1:loss:min"]},
+            {"keep_every": 4},
+            {"newer_than": "60h"},
+        ]
+    ),
+    more=st.sampled_from([{}, {}, {"keep_last": 2}, {"newer_than": "60h"}]),
     keep_aliased=st.booleans(),
     keep_tagged=st.booleans(),
     keep_used=st.booleans(),
 )
+some = st.integers(0, 5)
 events = st.one_of(
     st.tuples(st.just("commit"), metadata),
-    st.tuples(st.just("alias"), st.sampled_from("abc"), st.integers(0, 9)),
-    st.tuples(st.just("tag"), st.sampled_from("xyz"), st.integers(0, 9)),
+    st.tuples(st.just("alias"), st.sampled_from("abc"), some),
+    st.tuples(st.just("tag"), st.sampled_from("xyz"), some),
     st.tuples(st.just("drop"), st.sampled_from("abcxyz")),
-    st.tuples(st.just("delete"), st.integers(0, 9)),
-    st.tuples(st.just("undelete"), st.integers(0, 9)),
-    st.tuples(st.just("note"), st.integers(0, 9)),
+    st.tuples(st.just("delete"), some),
+    st.tuples(st.just("undelete"), some),
+    st.tuples(st.just("back"), some),
+    st.tuples(st.just("note"), some),
     st.tuples(st.just("rename")),
     st.tuples(st.just("day")),
 )
@@ -67,6 +76,10 @@ class World:
         artifact = self.repo.artifact(self.name)
         log = artifact.open_log()
         what, *rest = event
+        if what == "back":
+            for step in ("delete", "undelete"):
+                self.happen((step, *rest))
+            return
         try:
             match what:
                 case "commit":
@@ -121,15 +134,19 @@ class World:
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
-    before=st.lists(events, min_size=4, max_size=14),
+    versions=st.lists(metadata, min_size=3, max_size=6),
+    before=st.lists(events, max_size=6),
     policy=policies,
     stored=st.none() | policies,
     between=st.lists(events, max_size=5),
     at_slot=st.lists(st.lists(events, min_size=1, max_size=3), max_size=2),
 )
-def test_what_goes_was_planned_and_may_go(before, policy, stored, between, at_slot):
+def test_what_goes_was_planned_and_may_go(versions, before, policy, stored, between, at_slot):
     """In the state before the record that deletes: all that was planned and may go goes, with its names, no more."""
     world = World()
+    for facts in versions:
+        world.happen(("commit", facts))
+        world.happen(("day",))
     for event in before:
         world.happen(event)
     expirer = Repository(world.store, threads=0, author=Author("expirer"))

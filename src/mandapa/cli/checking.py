@@ -20,7 +20,7 @@ from mandapa.errors import AccessDeniedError, CorruptionError, InvalidInputError
 if TYPE_CHECKING:
     from mandapa.object_store import ObjectStore
     from mandapa.repository.drill import Drilled
-    from mandapa.repository.fsck import FsckReport, Loss, Sampled
+    from mandapa.repository.fsck import Finding, FsckReport, Loss, Sampled
     from mandapa.repository.repository import Repository
 
 __all__ = ["COMMANDS"]
@@ -106,7 +106,7 @@ _PATHS = 3  # paths that are named of each of these
 
 
 def _fsck_text(report: FsckReport, deep: bool) -> str:
-    lines = [f"{found.invariant}  {clean(found.where)}: {clean(found.problem)}" for found in report.findings[:_SHOWN]]
+    lines = [_finding_text(found) for found in report.findings[:_SHOWN]]
     lines += _more(report.findings, "problem")
     if report.unreadable:
         named = ", ".join(map(clean, report.unreadable[:_SHOWN]))
@@ -127,6 +127,11 @@ def _fsck_text(report: FsckReport, deep: bool) -> str:
     else:
         lines.append("no problems" + ("" if deep or report.sampled else " (--deep reads every byte too)"))
     return "\n".join(lines)
+
+
+def _finding_text(found: Finding) -> str:
+    where = "" if found.problem.startswith(found.where) else f"{clean(found.where)}: "
+    return f"{found.invariant}  {where}{clean(found.problem)}"
 
 
 def _more(items: Sequence[object], noun: str) -> list[str]:

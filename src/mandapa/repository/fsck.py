@@ -3,45 +3,41 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-from mandapa.content.fetch import pieces_of, read_pieces
+from mandapa.content.fetch import Wave, chain_size, pieces_of, read_pieces
 from mandapa.content.index import Piece
 from mandapa.content.parallel import in_order
 from mandapa.content.tree import Located, NodeReader, child_address
 from mandapa.digest import Hasher
 from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError, NotFoundError
-from mandapa.format.keys import CATALOG, GC, MARKER, container_key, head_key, log_prefix, parse_seq
-from mandapa.format.manifest import Branch, FileRow, LargeFileRow, Leaf, NodeAddress, UrlRow
+from mandapa.format.keys import GC, MARKER, container_key
+from mandapa.format.manifest import Branch, Leaf, NodeAddress, UrlRow
 from mandapa.format.pack import TRAILER_SIZE
 from mandapa.format.records import (
     GC_LIST_BYTES,
-    HEAD_MAX,
     MARKER_MAX,
     decode_gc_list,
-    decode_head,
     decode_marker,
 )
-from mandapa.format.strict import is_id
-from mandapa.object_store.base import ObjectInfo, ObjectStore
+from mandapa.object_store.base import Buffer, ObjectInfo, ObjectStore
 from mandapa.object_store.retry import RetryingObjectStore
+from mandapa.repository.histories import Histories, Live
 from mandapa.repository.inspection import Inspection
-from mandapa.repository.log import Log
 from mandapa.repository.losses import Damage, Loss, Losses, content_of
 from mandapa.repository.repository import Repository
 from mandapa.repository.scrub import Flaw, Named, Sample, Sampled, container_of, examine
-from mandapa.repository.state import ArtifactState, CatalogState, VersionState
 from mandapa.repository.version import root_of
 
 __all__ = ["Finding", "FsckReport", "Loss", "Sampled", "fsck"]
 
-_State = TypeVar("_State", CatalogState, ArtifactState)
-
 _LARGE = 64 << 20  # bytes of a file that several threads read
-_AHEAD = 64  # versions whose roots are read at a time
+_AHEAD = 64  # versions whose manifests are read at a time
+_TOGETHER = 8 << 20  # bytes of small files that are read together
+_PIECES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,25 +112,6 @@ def fsck(
     return check.report
 
 
-class _Live(NamedTuple):
-    """A version to be looked at."""
-
-    name: str
-    log: Log[ArtifactState]
-    version: VersionState
-
-    @property
-    def address(self) -> str:
-        return f"{self.name}:v{self.version.op.number}"
-
-    def still_wanted(self) -> bool:
-        """Whether, after another look, the log still says that the version is live and stored there."""
-        with suppress(CorruptionError, FormatVersionError):  # found by I3
-            self.log.refresh()
-        state = self.log.state
-        return not state.closed and state.is_live(self.version.op.number, self.version.root)
-
-
 class _Check:
     def __init__(self, repository: Repository | ObjectStore, progress: Callable[[str, int], None] | None) -> None:
         self.report = FsckReport()
@@ -145,6 +122,7 @@ class _Check:
             self._store, self._threads = RetryingObjectStore(repository), 4
         self._progress = progress
         self._reader = NodeReader(self._store)
+        self._histories = Histories(self._store, self._threads, self._found)
         self._damage = Damage()
         self._lost: dict[str, str] = {}
 
@@ -155,7 +133,8 @@ class _Check:
         named = None
         if deep or chosen is not None:
             named = Named((lambda _: True) if chosen is None else chosen.has, deltas=not deep)
-        live = list(self._histories())
+        live = list(self._histories.live(self._count))
+        self.report.unreadable = self._histories.unreadable
         inspection = self._manifests(live, named)
         self._damage.nodes, self._damage.suspects = inspection.nodes, inspection.suspects
         self._containers(inspection.extent, named, chosen)
@@ -165,7 +144,7 @@ class _Check:
         if inspection.trouble or self._lost or self._damage.containers() or self._damage.files:
             self._losses(live)
 
-    # -- what was found -----------------------------------------------------------------------------------------------
+    # -- what was found ------------------------------------------------------------------------------------------------
 
     def _found(self, invariant: str, where: str, problem: object) -> None:
         self.report.findings.append(Finding(invariant, where, str(problem)))
@@ -175,7 +154,7 @@ class _Check:
         if self._progress is not None:
             self._progress(what, self.report.checked[what])
 
-    # -- marker and logs ----------------------------------------------------------------------------------------------
+    # -- marker --------------------------------------------------------------------------------------------------------
 
     def _marker(self) -> bool:
         """Whether the rest can be looked at: not if all of it is of a newer format."""
@@ -188,78 +167,9 @@ class _Check:
             return False
         return True
 
-    def _histories(self) -> Iterator[_Live]:
-        """The live versions of all artifacts, as far as logs can be read."""
-        catalog = self._read(CATALOG, CatalogState, "I2", "catalog")
-        lost = bool(self.report.unreadable)
-        known = {id_: name for name, id_ in catalog.state.names.items()} | catalog.state.removed
-        strangers = self._strangers(set(known), whole=not lost)
-        if lost:  # nobody can open anything
-            self.report.unreadable = [*sorted(catalog.state.names), *strangers]
-        for id_, name in [*sorted(known.items(), key=lambda item: item[1]), *((id_, id_) for id_ in strangers)]:
-            log = self._read(id_, ArtifactState, "I3", name)
-            self._count("artifacts")
-            if not log.state.closed:
-                if id_ in catalog.state.removed:
-                    self._found("I3", name, f"the artifact {name!r} was removed, but its log was not closed")
-                yield from (_Live(name, log, log.state.versions[number]) for number in log.state.live())
+    # -- manifests -----------------------------------------------------------------------------------------------------
 
-    def _strangers(self, known: set[str], *, whole: bool) -> list[str]:
-        """No log is of an artifact that was never registered; where the catalog is broken, gives those it may have."""
-        logs = {info.key.split("/")[1] for info in self._store.list("log/")} - known
-        if logs and whole:  # registered since the catalog was read, perhaps
-            catalog = Log(self._store, CATALOG, CatalogState, threads=self._threads)
-            with suppress(CorruptionError, FormatVersionError):  # found by I2
-                catalog.refresh()
-            logs -= {*catalog.state.names.values(), *catalog.state.removed}
-        if not whole:
-            return sorted(log for log in logs if is_id(log))
-        for log in sorted(logs):
-            self._found("I3", f"log/{log}", f"log/{log} is the log of no artifact that was ever registered")
-        return []
-
-    def _read(self, id_: str, state: Callable[[], _State], invariant: str, where: str) -> Log[_State]:
-        """Records without gaps, sealed, chained, each op fitting the state before it; and the head says the same."""
-        log = Log(self._store, id_, state, threads=self._threads, heads=False)
-        try:
-            log.refresh()
-        except (CorruptionError, FormatVersionError) as error:
-            self._found(invariant, where, error)
-            log = self._as_readers_do(log, state, where)
-        twice = [txn for txn, times in Counter(record.txn for record in log.records).items() if times > 1]
-        if twice:
-            self._found(invariant, where, f"the transaction {twice[0]} is in the log twice")
-        try:
-            lines = decode_head(self._store.get(head_key(id_), limit=HEAD_MAX), key=head_key(id_))
-        except NotFoundError:
-            return log
-        except CorruptionError as error:
-            self._found("I9", head_key(id_), error)
-            return log
-        # One whose last line is not the log's does not count, and is no fault.
-        if lines and lines[-1:] == log.lines[len(lines) - 1 : len(lines)] and lines != log.lines[: len(lines)]:
-            self._found("I9", head_key(id_), "does not hold the log's records")
-        return log
-
-    def _as_readers_do(self, log: Log[_State], state: Callable[[], _State], where: str) -> Log[_State]:
-        """A damaged log as its head has it, if that counts; else as far as it can be read, which no reader does."""
-        by_head = Log(self._store, log.id, state, threads=self._threads)
-        try:
-            by_head.refresh()
-        except (CorruptionError, FormatVersionError):
-            if where not in self.report.unreadable:
-                self.report.unreadable.append(where)
-        else:
-            return by_head
-        listed = [parse_seq(info.key) for info in self._store.list(log_prefix(log.id))]
-        whole = next((at for at, seq in enumerate(listed) if seq != at), len(listed))
-        with suppress(CorruptionError, FormatVersionError):
-            log.read_to(whole, threads=self._threads)
-        return log
-
-    # -- manifests ----------------------------------------------------------------------------------------------------
-
-    def _manifests(self, live: list[_Live], named: Named | None) -> Inspection:
+    def _manifests(self, live: list[Live], named: Named | None) -> Inspection:
         """I4 to I6 of every live version, each node once."""
         told: set[tuple[str, str, str]] = set()
 
@@ -272,17 +182,16 @@ class _Check:
         inspection = Inspection(self._reader, found=found, count=self._count, ranges=named, threads=self._threads)
         for start in range(0, len(live), _AHEAD):
             some = live[start : start + _AHEAD]
-            inspection.preload(address for address in (_root(one) for one in some) if address is not None)
+            inspection.preload([root for root in (one.node for one in some) if root is not None])
             for one in some:
                 self._version(one, inspection, found)
         return inspection
 
-    def _version(self, one: _Live, inspection: Inspection, found: Callable[[str, object], None]) -> None:
+    def _version(self, one: Live, inspection: Inspection, found: Callable[[str, object], None]) -> None:
         self._count("versions")
-        op = one.version.op
         try:
-            Repository.check_features(one.version.requires, one.address)
-            root = root_of(one.version.root)
+            Repository.check_features(one.requires, one.address)
+            root = root_of(one.root)
         except (CorruptionError, FormatVersionError) as error:
             found("I4", error)
             self._lost[one.address] = str(error)
@@ -290,15 +199,15 @@ class _Check:
         summary = inspection.tree(root)
         if summary is None:
             return
-        if summary.digest.hex() != op.digest:
+        if summary.digest.hex() != one.digest:
             problem = "its content has another digest than its record says"
             found("I6", f"{one.address}: {problem}")
             self._lost[one.address] = problem
-        if (summary.assets, summary.size) != (op.assets, op.bytes):
+        if (summary.assets, summary.size) != (one.assets, one.bytes):
             held = f"holds {summary.assets} assets, {summary.size} bytes; its record says otherwise"
             found("I6", f"{one.address} {held}")
 
-    # -- containers ---------------------------------------------------------------------------------------------------
+    # -- containers ----------------------------------------------------------------------------------------------------
 
     def _listed(self) -> Iterator[ObjectInfo]:
         for prefix in ("packs/", "meta/"):
@@ -364,26 +273,24 @@ class _Check:
             except (CorruptionError, FormatVersionError) as error:
                 self._found("I10", info.key, error)
 
-    # -- whole files --------------------------------------------------------------------------------------------------
+    # -- whole files ---------------------------------------------------------------------------------------------------
 
-    def _contents(self, live: list[_Live]) -> None:
+    def _contents(self, live: list[Live]) -> None:
         """Every file's chunks make its digest; each way to make a file is read once, however many versions have it."""
-        wrong = in_order(self._content, self._files(live), threads=self._threads)
-        for one, path, content, problem, key in wrong:
-            if not problem:
-                continue
-            self._damage.files[content] = problem
-            if not any(found.where == key for found in self.report.findings):
-                self._found("I8", f"{one.address}/{path}", problem)
+        told = {found.where for found in self.report.findings}
+        for batch in in_order(self._read_files, _batches(self._files(live)), threads=self._threads):
+            for file, problem, key in batch:
+                self._damage.files[file.content] = problem
+                if key not in told:
+                    self._found("I8", f"{file.version.address}/{file.located.row.path}", problem)
 
-    def _files(self, live: list[_Live]) -> Iterator[tuple[_Live, Located, tuple[Piece, ...], int]]:
+    def _files(self, live: list[Live]) -> Iterator[_File]:
         """Every file that can be read as far as is known, with the first version that has it."""
         nodes: set[bytes] = set()
         contents: set[int] = set()
         gone = self._damage.gone
         for one in live:
-            root = _root(one)
-            for leaf in () if root is None else self._leaves(root, nodes):
+            for leaf in () if one.node is None else self._leaves(one.node, nodes):
                 for row in leaf.rows:
                     if isinstance(row, UrlRow):
                         continue
@@ -394,7 +301,7 @@ class _Check:
                         if content not in contents:
                             contents.add(content)
                             if not any(part.container in gone for piece in pieces for part in piece.chain()):
-                                yield one, located, pieces, content
+                                yield _File(one, located, pieces, content)
 
     def _leaves(self, address: NodeAddress, seen: set[bytes]) -> Iterator[Leaf]:
         """Leaves that were not met before."""
@@ -411,30 +318,34 @@ class _Check:
             for row in node.rows:
                 yield from self._leaves(child_address(row, node.containers), seen)
 
-    def _content(self, file: tuple[_Live, Located, tuple[Piece, ...], int]) -> tuple[_Live, str, int, str, str]:
-        """What is wrong with a file, and the key of the object that is to blame, if it is one."""
-        one, located, pieces, content = file
-        row = located.row
-        assert isinstance(row, FileRow | LargeFileRow)
-        hasher = Hasher()
+    def _read_files(self, files: list[_File]) -> list[tuple[_File, str, str]]:
+        """Those of some files of which something is wrong: what, and the key of the object that is to blame, if any."""
+        if len(files) > 1:
+            pieces = [piece for file in files for piece in file.pieces]
+            try:
+                values = iter(Wave(self._store, pieces, lambda _: "").all(threads=0))
+                if all(_makes(file, [next(values) for _ in file.pieces]) for file in files):
+                    return []
+            except (NotFoundError, CorruptionError, FormatVersionError):
+                pass  # of which file, shows when each is read alone
+        return [(file, *problem) for file in files if (problem := self._read_file(file)) is not None]
+
+    def _read_file(self, file: _File) -> tuple[str, str] | None:
+        path = file.located.row.path
+        threads = self._threads if file.size > _LARGE else 0
         try:
-            threads = self._threads if row.size > _LARGE else 0
-            for _, data in read_pieces(self._store, pieces, path=row.path, threads=threads):
-                hasher.update(data)
-        except NotFoundError:
-            return one, row.path, content, "", ""  # taken by a gc since it was looked for
+            data = (value for _, value in read_pieces(self._store, file.pieces, path=path, threads=threads))
+            if not _makes(file, data):
+                return f"{path}: the chunks are whole, but do not make the asset's digest", ""
         except CorruptionError as error:
-            return one, row.path, content, str(error), error.key
-        except FormatVersionError:
-            return one, row.path, content, "", ""  # its codec is not known: told before
-        if hasher.digest() != row.digest:
-            problem = f"{row.path}: the chunks are whole, but do not make the asset's digest"
-            return one, row.path, content, problem, ""
-        return one, row.path, content, "", ""
+            return str(error), error.key
+        except (NotFoundError, FormatVersionError):
+            pass  # taken by a gc since it was looked for; or of an unknown codec, which was told
+        return None
 
-    # -- what it costs ------------------------------------------------------------------------------------------------
+    # -- what it costs -------------------------------------------------------------------------------------------------
 
-    def _losses(self, live: list[_Live]) -> None:
+    def _losses(self, live: list[Live]) -> None:
         """Which live versions are hurt, what of them can be read, and which whole ones are next to them."""
         missed: set[tuple[str, str]] = set()
 
@@ -446,24 +357,26 @@ class _Check:
         losses = Losses(self._reader, self._damage, missing)
         hurt: defaultdict[str, dict[int, Loss]] = defaultdict(dict)
         for one in live:
-            root = _root(one)
-            known = self._lost.get(one.address)
-            if (known is None and (root is None or not losses.touches(root))) or not one.still_wanted():
+            known, root = self._lost.get(one.address), one.node
+            if known is None and (root is None or not losses.touches(root)):
                 continue
-            op = one.version.op
+            if not self._histories.still_wanted(one):
+                continue
             loss = losses.of(root, one.address) if known is None and root is not None else None
             if known is not None:
-                loss = Loss(one.address, known, 0, (), op.assets)
+                loss = Loss(one.address, known, 0, (), one.assets)
             if loss is not None:
                 if loss.unnamed == 0 and not loss.lost:
-                    loss = replace(loss, unnamed=op.assets)  # not even the root can be read
-                hurt[one.name][op.number] = loss
-            self._count("versions hurt")
+                    loss = replace(loss, unnamed=one.assets)  # not even the root can be read
+                hurt[one.name][one.number] = loss
+        whole: defaultdict[str, list[int]] = defaultdict(list)
+        for one in live:
+            if one.number not in hurt[one.name]:
+                whole[one.name].append(one.number)
         for name, found in hurt.items():
-            whole = [one.version.op.number for one in live if one.name == name and one.version.op.number not in found]
             for number, loss in found.items():
-                older = max((n for n in whole if n < number), default=None)
-                newer = min((n for n in whole if n > number), default=None)
+                older = max((n for n in whole[name] if n < number), default=None)
+                newer = min((n for n in whole[name] if n > number), default=None)
                 self.report.losses.append(
                     replace(
                         loss,
@@ -473,7 +386,40 @@ class _Check:
                 )
 
 
-def _root(one: _Live) -> NodeAddress | None:
-    with suppress(CorruptionError):  # told where the version was looked at
-        return root_of(one.version.root)
-    return None
+class _File(NamedTuple):
+    """A file, and what it is made of."""
+
+    version: Live
+    located: Located
+    pieces: tuple[Piece, ...]
+    content: int
+    """What `content_of` gives."""
+
+    @property
+    def size(self) -> int:
+        return sum([piece.raw for piece in self.pieces])
+
+
+def _batches(files: Iterable[_File]) -> Iterator[list[_File]]:
+    """Small files together, as many as one window of chunks would hold; large ones alone."""
+    batch: list[_File] = []
+    size = count = 0
+    for file in files:
+        more = sum([chain_size(piece) for piece in file.pieces])
+        if batch and (size + more > _TOGETHER or count + len(file.pieces) > _PIECES):
+            yield batch
+            batch, size, count = [], 0, 0
+        batch.append(file)
+        size += more
+        count += len(file.pieces)
+    if batch:
+        yield batch
+
+
+def _makes(file: _File, data: Iterable[Buffer]) -> bool:
+    """Whether these bytes are the file's."""
+    hasher = Hasher()
+    for value in data:
+        hasher.update(value)
+    row = file.located.row
+    return not isinstance(row, UrlRow) and hasher.digest() == row.digest

@@ -29,6 +29,9 @@ from mandapa.format.manifest import (
 __all__ = ["Inspection", "Ranges", "Summary"]
 
 
+_AHEAD = 1024  # nodes that are read before they are looked at; a reader keeps four times as many
+
+
 class Ranges(Protocol):
     """Takes the ranges that manifests name."""
 
@@ -95,14 +98,31 @@ class Inspection:
         self.suspects: set[bytes] = set()
 
     def preload(self, addresses: Iterable[NodeAddress]) -> None:
-        """Have nodes at hand, several requests at once; one that cannot be read is met again later."""
+        """Have nodes at hand, and what is below them, a level at a time, up to some hundreds.
 
-        def load(address: NodeAddress) -> None:
-            with suppress(NotFoundError, CorruptionError, FormatVersionError):
-                self._reader.load(address)
+        Several requests at once; a node that cannot be read is met again later.
+        """
+        room = _AHEAD
+        wanted = list(dict.fromkeys(addresses))
+        while wanted and room > 0:
+            wanted = wanted[:room]
+            room -= len(wanted)
+            below: list[NodeAddress] = []
+            for node in in_order(self._quietly, wanted, threads=self._threads):
+                if isinstance(node, Branch):
+                    below += [child_address(row, node.containers) for row in node.rows]
+                elif isinstance(node, Leaf):
+                    below += _parts(node)
+            wanted = [
+                address
+                for address in dict.fromkeys(below)
+                if not {(address, False), (address, True)} & self._known.keys() and address.hash not in self._parts
+            ]
 
-        for _ in in_order(load, addresses, threads=self._threads):
-            pass
+    def _quietly(self, address: NodeAddress) -> Node | None:
+        with suppress(NotFoundError, CorruptionError, FormatVersionError):
+            return self._reader.load(address)
+        return None
 
     def tree(self, root: NodeAddress) -> Summary | None:
         """Check the tree below a root; None when the root cannot be read.
@@ -174,7 +194,7 @@ class Inspection:
     def _children(self, branch: Branch, own: NodeAddress, last: bool) -> _Order:
         key = container_key(own.container)
         addresses = [child_address(row, branch.containers) for row in branch.rows]
-        self.preload(address for address in addresses if (address, False) not in self._known)
+        self.preload(a for a in addresses if not {(a, False), (a, True)} & self._known.keys())
         order = _Order(self._found)
         for at, (row, address) in enumerate(zip(branch.rows, addresses, strict=True)):
             below = self._node(address, last=last and at == len(branch.rows) - 1)
@@ -204,13 +224,7 @@ class Inspection:
 
     def _rows(self, leaf: Leaf) -> None:
         """Note what the rows of a leaf need."""
-        addresses = [
-            child_address(part, leaf.containers)
-            for row in leaf.rows
-            if isinstance(row, LargeFileRow)
-            for part in row.parts
-        ]
-        self.preload(address for address in addresses if address.hash not in self._parts)
+        self.preload(address for address in _parts(leaf) if address.hash not in self._parts)
         for row in leaf.rows:
             if isinstance(row, UrlRow):
                 continue
@@ -293,6 +307,12 @@ class _Order:
         self.open += below.open
         self.first = self.first or below.first
         self.last = below.last
+
+
+def _parts(leaf: Leaf) -> list[NodeAddress]:
+    """The parts of the large files of a leaf."""
+    rows = [row for row in leaf.rows if isinstance(row, LargeFileRow)]
+    return [child_address(part, leaf.containers) for row in rows for part in row.parts]
 
 
 def _numbers(row: Row) -> Iterable[int]:

@@ -42,6 +42,7 @@ from mandapa.repository.version import Version
 __all__ = ["Answer", "Question", "Rehearsal", "logical_digest", "main"]
 
 _BLOCK = 4 << 20
+_FROM_DISK = 1 << 20  # bytes; to wait for the disk for each of many small files takes longer than all the rest
 _TOGETHER = 256 << 20  # bytes of tensors that are in memory at a time, or one tensor
 _TELL = 0.1  # seconds between words about progress
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".distcp", ".npz", ".npy")
@@ -279,10 +280,11 @@ def _groups(places: Sequence[TensorPlace]) -> Iterator[list[TensorPlace]]:
 
 
 def _hashed(fd: int) -> tuple[Hasher, int]:
-    """The hash of a file as the disk has it, not the memory that it was written from; and its size."""
+    """The hash of a file, of a large one as the disk has it, not the memory that it was written from; and its size."""
     with suppress(OSError, AttributeError):  # where that cannot be asked for, the system's own copy has to do
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if os.fstat(fd).st_size >= _FROM_DISK:
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     hasher, size = Hasher(), 0
     block = memoryview(bytearray(_BLOCK))
     while got := os.preadv(fd, [block], size):

@@ -149,12 +149,13 @@ class Owners:
         reach.fetch([one.root for one in past])
         for one in past:
             try:
-                named = look.marks.keys_of(reach.of(one.root)) & keys
+                needed = look.marks.keys_of(reach.of(one.root))
             except (NotFoundError, CorruptionError, FormatVersionError):
                 continue
+            named = needed & keys
             for key in named:
                 self._of.setdefault(key, one.id)
-            if one.last and named:
+            if one.last and named and needed <= look.listed.keys():  # else it was lost before
                 self._lost.append((one, named))
 
     def shares(self, objects: Mapping[str, int]) -> tuple[Share, ...]:

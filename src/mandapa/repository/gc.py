@@ -226,7 +226,7 @@ def _one_round(work: Collection) -> tuple[Look, tuple[Share, ...]]:
     for step in steps:
         if step == "chosen":
             owners = Owners(look, work.condemned.keys())
-    look.marks.reach.close()
+    look.marks.reach.close(whole=True)
     keep_logs(look.repository)
     return look, (owners or Owners(look, frozenset())).shares(work.freed)
 

@@ -76,6 +76,18 @@ def test_versions_that_are_named_are_those_that_are_lost(place: Place) -> None:
     assert place.content()["a:v0"] == {"x": noise(1)}
 
 
+def test_a_version_that_was_lost_before_is_not_named_again(place: Place) -> None:
+    """What is left of one whose chunks are gone belongs to its artifact, and ends nothing any more."""
+    place.add("a", x=noise(1))
+    place.add("a", x=noise(2))
+    place.repo.artifact("a").delete(0)
+    place.wait(8)
+    plan = place.repo.plan_gc()
+    [pack] = [key for key in plan.objects if key.startswith("packs/")]
+    place.store.delete([pack])
+    assert [(share.artifact, share.objects, share.lost) for share in place.repo.plan_gc().shares] == [("a", 1, ())]
+
+
 def test_a_plan_is_json_and_back(place: Place) -> None:
     """One line, in which everything is found again."""
     scene(place)

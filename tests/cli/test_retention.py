@@ -6,8 +6,10 @@ import json
 import shlex
 
 import pytest
+from click.testing import CliRunner
 
 import mandapa
+from mandapa.cli import main
 
 
 @pytest.fixture
@@ -52,7 +54,8 @@ def test_a_plan_is_only_shown(series):
 def test_plan_then_apply(series):
     """The file holds the plan; what got a name meanwhile is skipped; the way back is told, and works."""
     [value] = series.json("expire", "net", "--keep-last", "2", "--no-keep-aliased", "--plan", "plan.json")
-    assert json.loads((series.folder / "plan.json").read_text()) == value
+    plan = json.loads((series.folder / "plan.json").read_text())
+    assert value == {**plan, "requests": 2, "month": 0, "currency": "USD"}
     [part] = value["artifacts"]
     assert [one["version"] for one in part["goes"]] == [0, 1, 2, 3]
     assert [one["names"] for one in part["goes"]] == [[], ["prod"], [], []]
@@ -96,6 +99,16 @@ def test_the_line_that_does_it(series):
     assert shlex.split(line) == ["do", "it:", "mandapa", "expire", "--apply", "my plan"]
     out = series("expire", "--all", "--keep-best", "1:my loss:min").out
     assert out.endswith("do it: mandapa expire --all --keep-best '1:my loss:min' --yes\n")
+
+
+def test_what_it_costs(series, monkeypatch):
+    """By prices in a file: what the bytes that would be free cost a month."""
+    (series.folder / "prices.toml").write_text('storage_gb_month = 1000\ncurrency = "INR"\n')
+    [value] = series.json("expire", "net", "--keep-last", "1", "--prices", "prices.toml")
+    assert value["month"] == pytest.approx(value["freed"] / 2**30 * 1000)
+    assert value["currency"] == "INR"
+    monkeypatch.setenv("MANDAPA_PRICES", "prices.toml")
+    assert " INR a month" in series("expire", "net", "--keep-last", "1").out
 
 
 def test_policies_are_stored(series):
@@ -192,3 +205,36 @@ def test_many_that_stay(cli):
     out = cli("expire", "net", "--keep-last", "1", "--yes").out
     assert "deleted 23 versions of net: v2-v24" in out
     assert "undo: mandapa undelete net:v2 ... ('mandapa log --deleted ARTIFACT' lists them)" in out
+
+
+def test_many_with_gaps(cli):
+    """The first twenty runs of numbers are shown, and how many there are in all."""
+    cli("init")
+    repo = mandapa.open(".mandapa")
+    for n in range(50):
+        with repo.artifact("net").transaction(metadata={"step": n + 1}) as txn:
+            txn.add_bytes("x", bytes([n]))
+    goes = cli("expire", "net", "--keep-every", "2").out.splitlines()[1]
+    assert goes.split(maxsplit=1)[1].startswith("v0, v2, v4, ")
+    assert goes.endswith(", v38, ... (25 in all)")
+
+
+def test_a_failure_in_between(series, monkeypatch):
+    """What was deleted until then is told, with the way back, and then the error."""
+    from mandapa.errors import StorageError
+    from mandapa.object_store import LocalObjectStore
+
+    log = mandapa.open(".mandapa").artifact("net").open_log().id
+    create = LocalObjectStore.create
+
+    def failing(store, key, data):
+        if key.startswith(f"log/{log}/"):
+            raise StorageError("the cable was pulled")
+        create(store, key, data)
+
+    monkeypatch.setattr(LocalObjectStore, "create", failing)
+    found = CliRunner().invoke(main, ["expire", "--all", "--keep-last", "1", "--yes"])
+    assert found.exit_code == 7
+    assert "undo: mandapa undelete data:v0" in found.stdout
+    assert found.stderr.endswith("the cable was pulled\n")
+    assert (live(series), live(series, "data")) == ([0, 1, 2, 3, 4, 5], [1])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from mandapa.cli.plans import read_plan
 from mandapa.cli.session import Session, common, pass_session
-from mandapa.cli.text import clean, count, size, table, time
+from mandapa.cli.text import clean, count, ranges, size, table, time
+from mandapa.cli.usage import money, prices_of
 
 if TYPE_CHECKING:
     from mandapa.repository.policy import Policy
+    from mandapa.repository.prices import Prices
     from mandapa.repository.retention import ArtifactPlan, Expired, ExpirePlan
 
 __all__ = ["COMMANDS"]
@@ -56,6 +58,13 @@ def _policy(rules: dict[str, Any]) -> Policy | None:
 @click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
 @click.option("--apply", "apply_file", type=click.Path(dir_okay=False), metavar="FILE", help="Do it.")
 @click.option("--yes", is_flag=True, help="Plan, and do it.")
+@click.option(
+    "--prices",
+    "prices_file",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
+)
 @common
 @pass_session
 def expire(
@@ -66,6 +75,7 @@ def expire(
     plan_file: str | None,
     apply_file: str | None,
     yes: bool,
+    prices_file: str | None,
     **rules: Any,
 ) -> None:
     """Delete versions that no rule keeps. Without --apply or --yes: show what would go, and stop.
@@ -73,7 +83,8 @@ def expire(
     Rules are those given, else the stored policy; what a stored policy keeps stays in any case. The newest version, and
     the checkpoint that a run would go on from, always stay. 'undelete' brings back what went.
     """
-    from mandapa.repository.retention import ExpirePlan
+    from mandapa.repository.prices import Prices
+    from mandapa.repository.retention import ExpirePlan, apply_expire
 
     context = click.get_current_context()
     if sum([plan_file is not None, apply_file is not None, yes]) > 1:
@@ -90,8 +101,14 @@ def expire(
         repo = session.open()
         plan = repo.plan_expire(*artifacts, policy=policy)
     if apply_file is not None or yes:
-        done = repo.expire(plan)
-        session.emit({"versions": [_value(one) for one in done]}, lambda: _text(done))
+        done: list[Expired] = []
+        whole = False
+        try:
+            done.extend(apply_expire(repo, plan))
+            whole = True
+        finally:  # when something fails, what was deleted until then is told before
+            if whole or done:
+                session.emit({"versions": [_value(one) for one in done]}, lambda: _text(done))
         return
     if plan_file is not None:
         with open(plan_file, "wb") as file:
@@ -99,30 +116,33 @@ def expire(
     words = ["--all"] if every else list(artifacts)
     words += [] if policy is None else policy.words()
     go_on = shlex.join(["mandapa", "expire", *(["--apply", plan_file] if plan_file else [*words, "--yes"])])
-    session.emit(_plan_value(plan), lambda: _plan_text(plan, go_on))
+    prices = prices_of(prices_file) or Prices.of(repo.url)
+    session.emit(_plan_value(plan, prices), lambda: _plan_text(plan, prices, go_on))
 
 
-def _plan_value(plan: ExpirePlan) -> dict[str, Any]:
+def _plan_value(plan: ExpirePlan, prices: Prices) -> dict[str, Any]:
     import msgspec
 
-    value: dict[str, Any] = msgspec.to_builtins(plan)
-    return value
+    month = prices.cost(stored=plan.freed).month
+    return {**msgspec.to_builtins(plan), "requests": plan.requests, "month": month, "currency": prices.currency}
 
 
-def _plan_text(plan: ExpirePlan, go_on: str) -> str:
+def _plan_text(plan: ExpirePlan, prices: Prices, go_on: str) -> str:
     lines = [_part_text(part) for part in plan.artifacts if part.goes]
     goes, stays = (sum([len(getattr(part, what)) for part in plan.artifacts]) for what in ("goes", "stays"))
     if not goes:
         return f"nothing to delete: a rule keeps each of {count(stays, 'version')}"
     lines.append(f"{count(goes, 'version')} would go, {stays:,} stay; nothing was done")
-    lines.append(_freed_text(plan))
+    lines.append(_freed_text(plan, prices))
     lines.append(f"do it: {clean(go_on)}")
     return "\n".join(lines)
 
 
-def _freed_text(plan: ExpirePlan) -> str:
+def _freed_text(plan: ExpirePlan, prices: Prices) -> str:
     """What the store would be rid of, and when."""
     text = f"{size(plan.freed)} are theirs alone"
+    if prices.storage_gb_month:
+        text += f", {money(prices.cost(stored=plan.freed).month, prices)} a month"
     if plan.object_bytes < plan.freed:
         text += f" ({size(plan.object_bytes)} in objects that nothing else needs)"
     if plan.shared:
@@ -133,7 +153,7 @@ def _freed_text(plan: ExpirePlan) -> str:
 
 
 def _part_text(part: ArtifactPlan) -> str:
-    rows = [("  goes", _ranges([one.version for one in part.goes]), "")]
+    rows = [("  goes", _few([one.version for one in part.goes]), "")]
     rows += [("  drops", clean(", ".join(one.names)), f"with v{one.version}") for one in part.goes if one.names]
     shown = part.stays[-_SHOWN:]
     rows += [("  stays", f"v{one.version}", clean(", ".join(one.by))) for one in reversed(shown)]
@@ -142,15 +162,10 @@ def _part_text(part: ArtifactPlan) -> str:
     return "\n".join([*lines, f"  ... and {more:,} more stay: --json lists them"] if more else lines)
 
 
-def _ranges(numbers: Iterable[int]) -> str:
-    """``v0-v3, v7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(f"v{first}" if first == last else f"v{first}-v{last}" for first, last in runs)
+def _few(numbers: list[int]) -> str:
+    """Numbers of versions, the first of them when there are many with gaps."""
+    runs = ranges(numbers).split(", ")
+    return ", ".join(runs) if len(runs) <= _SHOWN else f"{', '.join(runs[:_SHOWN])}, ... ({len(numbers):,} in all)"
 
 
 def _value(one: Expired) -> dict[str, Any]:
@@ -170,7 +185,7 @@ def _text(done: list[Expired]) -> str:
         own = [one for one in gone if one.artifact == name]
         dropped = [f"{label} (v{one.version})" for one in own for label in one.names]
         also = f", and dropped {clean(', '.join(dropped))}" if dropped else ""
-        numbers = _ranges([one.version for one in own])
+        numbers = _few([one.version for one in own])
         lines.append(f"deleted {count(len(own), 'version')} of {clean(name)}: {numbers}{also}")
     if not gone:
         return "\n".join([*lines, "nothing was deleted"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from mandapa.repository.repository import Repository
 
-__all__ = ["CONTAINERS", "Grace", "Look", "Marks"]
+__all__ = ["CONTAINERS", "Grace", "Look", "Marks", "store_time"]
 
 CONTAINERS = ("packs/", "meta/", "tx/")
 """Where what a gc condemns stands."""
@@ -160,7 +160,7 @@ class Look:
             raise InvalidInputError(f"grace={grace}: a number of seconds, 0 or more")
         store = repository.store
         self.repository = repository
-        self.grace = Grace(_now(repository), grace)
+        self.grace = Grace(store_time(repository), grace)
         self.listed = {info.key: info for prefix in CONTAINERS for info in store.list(prefix) if may_be_swept(info.key)}
         """The objects that may go if nothing reaches them."""
         old = Grace(self.grace.now, STALE)
@@ -211,7 +211,7 @@ class Look:
         return {**found, **self.stale}
 
 
-def _now(repository: Repository) -> datetime:
+def store_time(repository: Repository) -> datetime:
     """The time by the store's clock, as exact as listings have it. Three requests."""
     store, key = repository.store, f"probe/{repository.author.new_id().hex()}/now"
     store.put(key, b"")

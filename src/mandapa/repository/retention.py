@@ -20,6 +20,7 @@ from mandapa.format.records import AliasOp, DeleteOp, Op, Record, RegisterOp, Re
 from mandapa.format.strict import INT_MAX, told
 from mandapa.repository.freeing import Place, freed
 from mandapa.repository.logs import LogFacts, read_logs
+from mandapa.repository.marking import store_time
 from mandapa.repository.policy import Policy, keeps, policy_of
 from mandapa.repository.state import ArtifactState
 
@@ -86,6 +87,11 @@ class ExpirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     unread: tuple[str, ...] = ()
     """Addresses of live versions whose manifest cannot be read: then the bytes are about right at best."""
     kind: str = "expire"
+
+    @property
+    def requests(self) -> int:
+        """How many requests deleting takes, when nobody else commits, besides reading the logs."""
+        return sum([2 for part in self.artifacts for _ in _batches(part.goes)])
 
     def to_json(self) -> bytes:
         """One line of JSON."""
@@ -218,11 +224,7 @@ class _World:
     def now(self) -> datetime:
         """By the store's clock; three requests, once."""
         if self._now is None:
-            store = self.repo.store
-            key = f"probe/{self.repo.author.new_id().hex()}/expire"
-            store.put(key, b"written by 'mandapa expire' to learn the time; safe to delete")
-            self._now = store.head(key).last_modified
-            store.delete([key])
+            self._now = store_time(self.repo)
         return self._now
 
     def former_names(self) -> dict[str, set[str]]:

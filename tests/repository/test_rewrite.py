@@ -413,6 +413,26 @@ def test_a_clean_up_that_condemned_what_was_put(half_dead, gone):
     assert old not in needed(repo)
 
 
+@pytest.mark.parametrize("more", [False, True])
+def test_a_clean_up_before_the_log_is_looked_at_again(half_dead, more):
+    """What was put for a version that died is gone before the next one is moved, of that artifact or another one."""
+    if more:
+        add(half_dead, "a", {"kept": noise(1, 300_000)})
+    before = content(half_dead)
+
+    def work(other: Repository) -> None:
+        other.artifact("a").delete(1)
+        gc(other)
+
+    repo, result = raced(half_dead, work)
+    gone, next_one, *others = result.values()
+    assert gone == "it was deleted or stored otherwise meanwhile"
+    assert next_one == "a clean-up came in between: run it again"
+    assert others == [""] * more
+    del before["a:v1"]
+    assert content(repo) == before
+
+
 @pytest.mark.parametrize("step", range(8))
 def test_a_clean_up_at_the_same_time(half_dead, step):
     """Whatever step of a gc without any grace comes before the first commit, and whatever after the last: all stays."""

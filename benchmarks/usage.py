@@ -1,8 +1,9 @@
 """What a repository of 10,000 versions takes: `mandapa du`, and a plan of `mandapa expire`, from a fresh process.
 
 Two shapes: one artifact with 10,000 versions, and 1,000 artifacts with 10 versions each. Each version changes one of
-three small files. The repository lies in a folder; *cold* is the first call, which reads every log and manifest, *warm*
-is any later one, the median of five. Run: ``python benchmarks/usage.py [--versions 10000] [--folder DIR]``.
+three small files. The repository lies in a folder. ``first`` is the first call, which reads every log and manifest,
+``warm`` any later one, the median of five; ``s`` is by the clock, ``cpu_s`` of processors. Run:
+``python benchmarks/usage.py [--versions 10000] [--rounds 5] [--folder DIR]``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -21,7 +23,6 @@ from pathlib import Path
 from mandapa.object_store import LocalObjectStore
 from mandapa.repository.repository import Repository
 
-ROUNDS = 5
 MANDAPA = [sys.executable, "-m", "mandapa.cli"]
 
 
@@ -38,14 +39,15 @@ def make(folder: Path, artifacts: int, versions: int) -> None:
                 txn.add_bytes("checkpoint/model.bin", os.urandom(500))
 
 
-def measure(command: list[str], environment: dict[str, str]) -> float:
-    """Seconds of one whole command."""
-    start = time.perf_counter()
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds of one whole command: of the clock, and of processors."""
+    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - start, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def bench(name: str, artifacts: int, versions: int, folder: Path) -> None:
+def bench(name: str, artifacts: int, versions: int, folder: Path, count: int) -> None:
     """Measure one shape, and print a line of JSON."""
     place = folder / name
     if not place.exists():
@@ -54,26 +56,31 @@ def bench(name: str, artifacts: int, versions: int, folder: Path) -> None:
         print(f"# {name}: made in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     commands = {
         "du": [*MANDAPA, "--repo", str(place), "du"],
-        "expire": [*MANDAPA, "--repo", str(place), "expire", "--keep-last", "5"],
+        "expire": [*MANDAPA, "--repo", str(place), "expire", "--all", "--keep-last", "5"],
     }
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        environment = {**os.environ, "MANDAPA_CACHE": cache}
+        # As installed: modules are compiled once, not by each call.
+        environment = {**os.environ, "MANDAPA_CACHE": cache, "PYTHONPYCACHEPREFIX": f"{cache}/compiled"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         for command, words in commands.items():
-            cold = measure(words, environment)
-            warm = statistics.median(measure(words, environment) for _ in range(ROUNDS))
-            found = {"shape": name, "command": command, "first_s": round(cold, 2), "warm_s": round(warm, 2)}
-            print(json.dumps(found), flush=True)
+            first, first_cpu = measure(words, environment)
+            rounds = [measure(words, environment) for _ in range(count)]
+            seconds, cpu = (statistics.median(column) for column in zip(*rounds, strict=True))
+            found = {"first_s": first, "first_cpu_s": first_cpu, "warm_s": seconds, "warm_cpu_s": cpu}
+            values = {key: round(value, 2) for key, value in found.items()}
+            print(json.dumps({"shape": name, "command": command, **values}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="Keep the repositories there, and use them again.")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
-        bench("one", 1, options.versions, folder)
-        bench("many", options.versions // 10, 10, folder)
+        bench("one", 1, options.versions, folder, options.rounds)
+        bench("many", options.versions // 10, 10, folder, options.rounds)
     finally:
         if options.folder is None:
             shutil.rmtree(folder)

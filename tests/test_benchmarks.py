@@ -94,3 +94,18 @@ def test_the_benchmark_of_clean_ups_prints_its_table(tmp_path: Path) -> None:
     assert [row[0] for row in rows[2:]] == ["first", "again", "nothing to free"]
     creates = rows[0].index("create")
     assert [row[creates] for row in rows[2:]] == ["5", "5", "0"]
+
+
+def test_the_benchmark_of_usage_runs(tmp_path: Path) -> None:
+    """Both shapes and both commands, with next to no versions."""
+    script = Path(__file__).parents[1] / "benchmarks" / "usage.py"
+    sizes = ["--versions", "20", "--rounds", "1", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, str(script), *sizes], capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(one["shape"], one["command"]) for one in found] == list(
+        itertools.product(("one", "many"), ("du", "expire"))
+    )
+    assert all(one["warm_s"] > 0 for one in found)

@@ -543,8 +543,8 @@ def test_a_full_disk_never_ends_a_training(small_disk: Path, place: Path, tmp_pa
         assert any("there is no room for hparams.yaml" in message for message in messages)
         assert len(messages) < 15, messages
         os.unlink(small_disk / "filler")
-        (tmp_path / "file").write_bytes(b"y")
-        assert run.log_asset(tmp_path / "file").wait(20)
+        (tmp_path / "fresh").write_bytes(b"y")  # what was said to grow may be read for a while
+        assert run.log_asset(tmp_path / "fresh", at="file").wait(20)
         assert run.save_checkpoint({"w": np.zeros(10)}, step=30).wait(20)
         run.log_hparams({"more": "room"})
         assert b"more: room" in Path(run.dir, "hparams.yaml").read_bytes()

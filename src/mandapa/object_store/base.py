@@ -45,8 +45,8 @@ class ObjectStore(Protocol):
     def get(self, key: str, *, limit: int | None = None) -> Buffer:
         """The whole object. One request. Raises `NotFoundError`.
 
-        One of more than ``limit`` bytes raises `CorruptionError`, before memory is taken for it: a reader knows how large
-        what it reads may be, and not who wrote it.
+        One of more than ``limit`` bytes raises `CorruptionError`, before memory is taken for it: a reader knows how
+        large what it reads may be, and not who wrote it.
         """
         ...
 

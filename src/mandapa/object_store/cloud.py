@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from urllib.parse import urlsplit
 
 from mandapa.errors import (
     AccessDeniedError,
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
 
     Client: TypeAlias = S3Store | GCSStore | AzureStore
 
-__all__ = ["CloudObjectStore", "environ", "require_metadata_service"]
+__all__ = ["CloudObjectStore", "check_endpoint", "environ", "require_metadata_service"]
 
 _MAX_PREFIX_BYTES = 500
 # The characters that reach all three services unchanged; obstore would percent-encode the others.
 _PREFIX_SEGMENT = re.compile(r"[A-Za-z0-9 !_.'()@&$=;:+,-]+")
+
+_CONTAINER = re.compile(r"[A-Za-z0-9$_.-]{1,255}")
+_NOT_SHOWN = re.compile(r"[@?#;=]")  # of a URL with credentials, or a connection string
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_BLANK = re.compile(r"[\x00-\x20\x7f]")
 
 _GAP = 16 * 1024
 """Ranges nearer than this many bytes are one request: less than any link carries in one round trip."""
@@ -55,8 +61,9 @@ class CloudObjectStore:
 
     def __init__(self, container: str, prefix: str, options: Mapping[str, Any]) -> None:
         prefix = prefix.strip("/")
-        if not container or "/" in container:
-            raise InvalidInputError(f"{container!r} is not the name of a {self._place}")
+        if not _CONTAINER.fullmatch(container or ""):
+            told = "what was given" if _NOT_SHOWN.search(container or "") else repr(container)
+            raise InvalidInputError(f"{told} is not the name of a {self._place}")
         for segment in prefix.split("/") if prefix else ():
             if segment in {".", ".."} or not _PREFIX_SEGMENT.fullmatch(segment) or len(prefix) > _MAX_PREFIX_BYTES:
                 raise InvalidInputError(
@@ -66,6 +73,12 @@ class CloudObjectStore:
         self._container = container
         self._prefix = prefix
         self._options = {name: value for name, value in options.items() if value}
+        for name, value in self._options.items():
+            # JSON, such as the key of a service account, may have lines.
+            if isinstance(value, str) and not value.lstrip().startswith("{") and _CONTROL.search(value):
+                raise InvalidInputError(f"{name}= has a line end or another control character in it: take it away")
+        if endpoint := self._options.get("endpoint_url"):
+            check_endpoint(endpoint)
         self._client: Client | None = None
         self._place_seen = False
 
@@ -75,9 +88,9 @@ class CloudObjectStore:
         return f"{self._scheme}://{self._container}" + (f"/{self._prefix}" if self._prefix else "")
 
     def get(self, key: str, *, limit: int | None = None) -> Buffer:
-        """The whole object; without a limit it is not copied. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`.
+        """The whole object, not copied without a limit. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`.
 
-        And `CorruptionError` above ``limit``: by the reply's header, and by what comes, whatever the header said.
+        Above ``limit`` it raises `CorruptionError`: by the reply's header, and by what comes, whatever that said.
         """
         import obstore
 
@@ -230,6 +243,14 @@ class CloudObjectStore:
             raise translate(
                 error, doing=doing, key=key, url=self.url, place=self._place, permissions=self._permissions
             ) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            # The client gave itself up, as it does over a line end in a secret of the environment.
+            raise InvalidInputError(
+                f"cannot {doing} {key!r} in {self.url}: the client cannot use its credentials or endpoint as they are: "
+                "look for line ends and blanks in them"
+            ) from None
         self._place_seen = True
 
     def _configured(self) -> Client:
@@ -279,6 +300,24 @@ def _claim_process(url: str) -> None:
         raise ClosedError(
             f"{url} cannot be used in this process: it was forked from one that had used an object store client, and "
             "clients do not survive that. Start processes by 'spawn' or 'forkserver', or use stores only in the child"
+        )
+
+
+def check_endpoint(url: str) -> None:
+    """Refuse what is no endpoint, or carries a secret, which messages would repeat.
+
+    Raises:
+        InvalidInputError: Says what is wrong, without repeating it.
+    """
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and not _NOT_SHOWN.search(parts.netloc)
+    except ValueError:
+        fine = False
+    if not fine or parts.query or parts.fragment or _BLANK.search(url):
+        raise InvalidInputError(
+            "endpoint_url= is http://host:port or https://host, with a path if need be: credentials have keywords of "
+            "their own, and queries no place there"
         )
 
 

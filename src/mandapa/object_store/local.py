@@ -85,7 +85,7 @@ class LocalObjectStore:
         return Path(self._root).as_uri()
 
     def get(self, key: str, *, limit: int | None = None) -> Buffer:
-        """The whole object. Raises `NotFoundError`, `AccessDeniedError`, `StorageError`, and above limit `CorruptionError`."""
+        """Raises `NotFoundError`, `AccessDeniedError`, `StorageError`, and `CorruptionError` above ``limit``."""
         with self._opened(key) as (fd, stat):
             check_size(key, stat.st_size, limit)
             return _read(fd, stat.st_size, 0, key)

@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError
-from mandapa.object_store.cloud import CloudObjectStore, environ, require_metadata_service
+from mandapa.object_store.cloud import CloudObjectStore, check_endpoint, environ, require_metadata_service
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config, S3Credential, S3CredentialProvider, S3Store
@@ -103,6 +103,8 @@ class S3ObjectStore(CloudObjectStore):
 
         options = self._options
         endpoint = options.get("endpoint_url") or environ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+        if endpoint:
+            check_endpoint(endpoint)
         credentials, region = self._credentials()
         config: S3Config = {"region": options.get("region") or environ("AWS_REGION", "AWS_DEFAULT_REGION") or region}
         if endpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import subprocess
 import sys
@@ -446,3 +447,38 @@ def test_numpy_is_loaded_only_when_something_is_counted():
     """Importing the module is light."""
     code = "import sys, mandapa.repository.reach; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_looking_and_keeping(tmp_path, seed):
+    """Versions come and go, some looks see all and drop the rest, some lose against others, some are never kept."""
+    rng = random.Random(seed)
+    store = MemoryObjectStore()
+    repo = Repository.create(store, threads=0)
+    roots = []
+    late = None
+    for step in range(40):
+        with repo.artifact(f"a{rng.randrange(3)}").transaction() as txn:
+            for _ in range(rng.randrange(1, 4)):
+                txn.add_bytes(f"f{rng.randrange(6)}", rng.randbytes(rng.choice([10, 10, 1000, 70_000])))
+            if rng.random() < 0.3:
+                txn.add_bytes("same", b"same" * 20_000)
+        roots.append(versions(repo)[txn.version.address].root)
+        if rng.random() < 0.1:
+            roots.pop(rng.randrange(len(roots)))
+        reach = Reach(Repository(store, threads=0, cache_dir=tmp_path))
+        asked = rng.sample(roots, rng.randrange(len(roots) + 1))
+        whole = rng.random() < 0.3
+        if whole:
+            asked = roots
+        if rng.random() < 0.5:
+            reach.fetch(asked)
+        for root in asked:
+            assert named(reach, reach.of(root)) == truth(store, root), step
+        expected = set().union(*[truth(store, root) for root in asked])
+        assert named(reach, reach.union(asked)) == expected
+        if late is not None and rng.random() < 0.5:
+            late.close(whole=rng.random() < 0.5)
+        late = reach if rng.random() < 0.2 else None
+        if late is None:
+            reach.close(whole=whole)

@@ -15,7 +15,7 @@ MOSAICML := mosaicml==0.32.1
 COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 PEERS_PIP    := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 
-.PHONY: help demo demo-composer test lint soak bench bench-training bench-peers clean
+.PHONY: help demo demo-composer test lint soak soak-hour bench bench-training bench-peers clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make test           lint, then all tests but the slow ones'
 	@echo 'make lint           ruff, mypy, import-linter'
 	@echo 'make soak           the slow tests, and the proof with larger counts (hours)'
+	@echo 'make soak-hour      the proof with ever new seeds until an hour is over (or SECONDS=600), and the figures'
 	@echo 'make bench          the benchmarks of commits and restores'
 	@echo 'make bench-training what a run costs a training, beside what Composer and W&B cost it (7 minutes)'
 	@echo 'make bench-peers    real training series in mandapa and in other tools (15 minutes, and six once to train)'
@@ -49,6 +50,9 @@ soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
 	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py \
 	  tests/run/test_kills.py tests/run/test_dying_uploaders.py
+
+soak-hour: $(VENV)/.test
+	@$(BIN)/python tests/proof/soak.py --seconds $(or $(SECONDS),3600)
 
 bench: $(VENV)/.test
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python $$script || exit; done

@@ -239,7 +239,7 @@ def one_removed(repo: Repository) -> None:
 
 
 def clean_up(repo: Repository, _: Repository) -> None:
-    Collection(repo, grace=0).run()
+    repo.gc(grace=0)
 
 
 def repack(repo: Repository, _: Repository) -> None:

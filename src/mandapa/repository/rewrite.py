@@ -112,7 +112,7 @@ class RewritePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def plan_rewrite(
-    repo: Repository, *, grace: float, least: int = 16 << 20, now: datetime | None = None, reach: Reach | None = None
+    repo: Repository, *, grace: float, least: int = 4 << 20, now: datetime | None = None, reach: Reach | None = None
 ) -> RewritePlan:
     """Which packs are worth being emptied: at least half dead, and more is freed than has to be written. No write.
 

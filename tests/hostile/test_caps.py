@@ -15,12 +15,20 @@ from typing import Any
 import pytest
 
 import mandapa
-from mandapa.errors import CorruptionError
+from mandapa.cli import plans, reading
+from mandapa.content.cutters.layout import HEADER_MAX
+from mandapa.errors import CorruptionError, InvalidInputError
 from mandapa.format.keys import head_key, log_key
+from mandapa.format.manifest import NODE_MAX
+from mandapa.format.records import GC_LIST_BYTES, HEAD_MAX, MARKER_MAX
+from mandapa.format.strict import CHUNK_MAX, CONTAINER_MAX, RECORD_MAX
 from mandapa.object_store import LocalObjectStore, S3ObjectStore
+from mandapa.repository import tensors
 from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author, create_once
 from mandapa.repository.packs import condemned
+from mandapa.run import repository_backend
+from mandapa.run.serial import INDEX_MAX
 
 HUGE = 1 << 40  # bytes of a file of holes: who takes memory for it before he looks fails, and so does the test
 ID = "00112233445566778899aabbccddeeff"
@@ -166,3 +174,43 @@ def test_a_server_that_sends_without_end_is_cut_off(monkeypatch: pytest.MonkeyPa
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+LIMITS = {
+    "marker": (MARKER_MAX, "4 KiB"),
+    "record": (RECORD_MAX, "64 KiB"),
+    "head": (HEAD_MAX, "1 GiB"),
+    "list of a gc": (GC_LIST_BYTES, "4 MiB"),
+    "node, part": (NODE_MAX, "16 MiB decoded"),
+    "chunk": (CHUNK_MAX, "16 MiB decoded"),
+    "container": (CONTAINER_MAX, "32 MiB"),
+    "header of safetensors, directory of a zip": (HEADER_MAX, "32 MiB"),
+    "pickle of tensors": (HEADER_MAX, "32 MiB"),
+    "`.mandapa/tensors.json`": (tensors._NAMES_SIZE, "32 MiB"),
+    "hyperparameters, facts of a run in a version": (repository_backend._TEXT_MAX, "64 KiB"),
+    "file of a plan": (plans._PLAN_MAX, "256 MiB"),
+    "a file as one string": (reading._JSON_MAX, "256 MiB"),
+    "line of a journal; small JSON of a run's directory; outline of a state in memory": (INDEX_MAX, "64 MiB"),
+}
+UNITS = {"KiB": 10, "MiB": 20, "GiB": 30}
+
+
+def test_the_table_of_limits_is_that_of_the_code() -> None:
+    """Each number of docs/format.md §13.6 that has a constant is that constant."""
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+    table = text.partition("### 13.6")[2].partition("**On the machine.**")[0]
+    rows = {cells[1].strip(): cells[3] for line in table.splitlines() if len(cells := line.split("|")) == 5}
+    for name, (limit, told) in LIMITS.items():
+        number, unit = told.split()[:2]
+        assert told in rows[name], name
+        assert int(number) << UNITS[unit] == limit, name
+
+
+def test_a_plan_is_read_up_to_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of holes that is called a plan is none."""
+    monkeypatch.setattr(plans, "_PLAN_MAX", 1 << 20)
+    plan = tmp_path / "plan"
+    plan.touch()
+    os.truncate(plan, HUGE)
+    with soon_and_small(), pytest.raises(InvalidInputError, match="no plan"):
+        plans.read_plan(plan)

@@ -9,7 +9,7 @@ from mandapa.errors import InvalidInputError, NotFoundError
 from mandapa.repository.base import Base
 from mandapa.repository.paths import above, folders_of
 
-__all__ = ["Changes"]
+__all__ = ["Changes", "folders_of"]
 
 
 class Changes:

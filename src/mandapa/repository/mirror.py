@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from mandapa.content.edit import TreeRoot, edit_tree
-from mandapa.content.transfer import Origin, Transfer
-from mandapa.content.tree import Located, Tree, differences
 from mandapa.errors import (
+    ClosedError,
     ConflictError,
     CorruptionError,
     FormatVersionError,
@@ -21,12 +21,10 @@ from mandapa.errors import (
     StorageError,
 )
 from mandapa.format.records import FenceOp, Op, Record, RegisterOp, RenameOp, UndeleteOp, VersionOp
-from mandapa.repository.base import Base
+from mandapa.format.strict import shown
 from mandapa.repository.log import Log
 from mandapa.repository.logs import keep_logs, read_logs
-from mandapa.repository.packs import condemned_or_missing
 from mandapa.repository.replay import (
-    Content,
     artifact_id,
     difference,
     follows,
@@ -35,8 +33,8 @@ from mandapa.repository.replay import (
     replay,
     txn_id,
 )
+from mandapa.repository.replica import Replica
 from mandapa.repository.state import ArtifactState, CatalogState, VersionState, fold
-from mandapa.repository.version import address_of, root_of
 
 if TYPE_CHECKING:
     from mandapa.repository.repository import Repository
@@ -45,6 +43,12 @@ __all__ = ["Mirrored", "MirroredArtifact", "mirror"]
 
 _TRIES = 20
 """Rounds over one artifact that bring nothing, or tries at one version, that others may spoil."""
+
+_AT_ONCE = 4
+"""Artifacts that are mirrored at once."""
+
+_LARGE = 1 << 20
+"""Bytes: of larger versions one is copied at a time: what artifacts share is sent once, and memory stays bounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,8 @@ class _Mirror:
         self._destination = destination
         self._progress = progress
         self._all_read = False
+        self._stopped = False
+        self._large = threading.Lock()
 
     def run(self, only: tuple[str, ...]) -> Mirrored:
         # The destination first: whatever it has of the source was in the source before.
@@ -125,7 +131,7 @@ class _Mirror:
             wanted = dict(self._source.catalog.state.names)
             here = self._here()
         errors = self._rename(wanted)
-        done = [self._one(name, id_, errors.get(id_)) for name, id_ in sorted(wanted.items())]
+        done = self._each([(name, id_, errors.get(id_)) for name, id_ in sorted(wanted.items())])
         for id_ in self._source.catalog.state.removed:
             found = here.get(self._id(id_))
             if found is not None and (not only or _matches(found, only)):
@@ -164,8 +170,30 @@ class _Mirror:
             generation += 1
         return id_
 
+    def _each(self, chosen: list[tuple[str, str, MandapaError | None]]) -> list[MirroredArtifact]:
+        """Several artifacts at once: for most commits waiting for the stores is all that there is to do."""
+        workers = min(self._destination.threads, _AT_ONCE, len(chosen))
+        if workers < 2:
+            return [self._one(*one) for one in chosen]
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="mandapa-mirror")
+        jobs = [pool.submit(self._one, *one) for one in chosen]
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:
+            self._stopped = True
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _put(self, size: int) -> None:
+        """So many bytes were put: tell it, or stop whoever has put them."""
+        if self._stopped:
+            raise ClosedError("the mirror was stopped")
+        if self._progress is not None:
+            self._progress(size)
+
     def _one(self, name: str, id_: str, error: MandapaError | None) -> MirroredArtifact:
-        one = _Artifact(self._source, self._destination, name, id_, self._id(id_), self._progress)
+        one = _Artifact(self._source, self._destination, name, id_, self._id(id_), self._put, self._large)
         if error is None:
             try:
                 one.run(read=self._all_read)
@@ -233,7 +261,8 @@ class _Artifact:
         name: str,
         artifact: str,
         mirror_id: str,
-        progress: Callable[[int], None] | None,
+        progress: Callable[[int], None],
+        large: threading.Lock,
     ) -> None:
         self._from = source
         self._to = destination
@@ -243,11 +272,14 @@ class _Artifact:
         self._there: Log[ArtifactState] = source.log(artifact)
         self._here: Log[ArtifactState] = destination.log(mirror_id)
         self._progress = progress
+        self._large = large
         self._ours: set[str] = set()
         self._told = 0
         """How many records of the source are told, as of the last look."""
         self._seen = 0
         """Records of the mirror that this round knows: what others say after them begins a new one."""
+        self._current = False
+        """Whether the mirror's log was read to its tail just now."""
         self.versions = self.records = self.added = 0
         self.removed = False
 
@@ -306,7 +338,7 @@ class _Artifact:
         if not found:
             return
         others = [one for one in self._here.records if one.txn not in self._ours and not is_upkeep(one)]
-        last = f" (last changed here by {others[-1].by or 'someone'}, {others[-1].at})" if others else ""
+        last = f" (last changed here by {shown(others[-1].by)} at {shown(others[-1].at)})" if others else ""
         raise ConflictError(
             f"{self._name}: {self._to.url} has something of its own: {found}{last}. Put it back as it is in the "
             "source, or rename or remove the artifact there; then mirror again"
@@ -339,15 +371,16 @@ class _Artifact:
     def _follow(self, record: Record, txn: str) -> None:
         """Tell one record again, with the content of the versions that it makes."""
         numbers = _brought(record)
-        if numbers:
-            self._here.refresh()
+        if numbers and not self._current:
+            self._here.refresh()  # another mirror may have told it, and copied what it needs
         for other in self._here.records[self._seen :]:
             self._seen += 1
             if other.txn == txn:
                 return  # by another mirror
             if not is_upkeep(other):
                 raise _AgainError
-        copies: dict[int, _Copy] = {}
+        self._current = False
+        copies: dict[int, Replica] = {}
         for number in numbers:
             copy = self._copy(number, txn)
             if copy is not None:
@@ -368,8 +401,8 @@ class _Artifact:
 
         def build(state: ArtifactState) -> Iterable[Op]:
             nonlocal fenced
-            for copy in copies.values():
-                copy.check(state, fenced)
+            if not all(copy.stands(state, fenced=fenced) for copy in copies.values()):
+                raise _AgainError
             fenced = False
             ops = replay(record, state.copy(), contents, origins)
             if not ops:
@@ -382,10 +415,11 @@ class _Artifact:
                 txn, build, author, since=self._seen, on_record=notice, run=record.run, used=record.used
             )
             self._seen = made.seq + 1
+            self._current = True
             self.records += 1
         self.versions += len(copies)
 
-    def _copy(self, number: int, txn: str) -> _Copy | None:
+    def _copy(self, number: int, txn: str) -> Replica | None:
         """All that a version holds put into the destination; None if it is deleted by now."""
         for _ in range(_TRIES):
             version = self._there.state.versions[number]
@@ -393,9 +427,11 @@ class _Artifact:
                 raise _AgainError
             if version.deleted is not None:
                 return None
-            copy = _Copy(self._from, self._to, self._name, version, self._here.state, self._progress)
+            copy = Replica(self._from, self._to, self._name, version, self._here.state, self._progress)
+            alone = self._large if version.op.bytes > _LARGE else nullcontext()
             try:
-                copy.run(f"{txn} {number}".encode())
+                with alone:
+                    copy.run(f"{txn} {number}".encode())
             except (NotFoundError, ConflictError) as error:
                 self._explain(version, copy.base, error)
             else:
@@ -414,142 +450,13 @@ class _Artifact:
             raise _AgainError from error
         number = version.op.number
         if not self._there.state.closed and self._there.state.is_live(number, version.root):
-            raise CorruptionError(f"{self._name}:v{number}: {error}; run 'mandapa fsck'") from error
+            raise CorruptionError(f"{self._name}:v{number}: {error}: run 'mandapa fsck' there") from error
 
 
 def _brought(record: Record) -> list[int]:
     """The versions that a record makes or brings back."""
     numbers = [op.number for op in record.ops if isinstance(op, VersionOp)]
     return numbers + [number for op in record.ops if isinstance(op, UndeleteOp) for number in op.versions]
-
-
-class _Copy:
-    """The content of one version of the source in the destination, put, and not committed yet."""
-
-    def __init__(
-        self,
-        source: Repository,
-        destination: Repository,
-        name: str,
-        version: VersionState,
-        here: ArtifactState,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self._from = source
-        self._to = destination
-        self._name = name
-        self._version = version
-        self._progress = progress
-        self.base = _nearest(version, here)
-        """A live version of the destination, from which content is inherited."""
-        self._twin = self._before(here.versions.get(version.op.number))
-        """The version itself, as it was before it was deleted."""
-        self.added = 0
-        self._named: set[bytes] = set()
-
-    def _before(self, version: VersionState | None) -> Tree | None:
-        tree = None if version is None else Tree(self._to.reader, root_of(version.root))
-        with suppress(NotFoundError):
-            if tree is not None:
-                self._to.reader.load(tree.root)
-                return tree
-        return None  # a gc has passed, or it was never copied
-
-    def run(self, journal: bytes) -> None:
-        """Copy what the destination lacks; all of it is acknowledged when this returns.
-
-        Raises:
-            NotFoundError: An object of the source is missing.
-            ConflictError: One of the base is.
-            CorruptionError: The source does not hold what its record says.
-        """
-        version, to = self._version, self._to
-        address = f"{self._name}:v{version.op.number}"
-        self._from.check_features(version.requires, address)
-        tree = Tree(self._from.reader, root_of(version.root))
-        if self._from.reader.digest(tree.root).hex() != version.op.digest:
-            raise CorruptionError(f"{address}: its manifest holds something else than its record says")
-        origin = Origin(self._from.store, self._from.reader, self._from.cache, self._from.threads)
-        transfer = Transfer(
-            origin,
-            to.store,
-            index=to.index,
-            nodes=to.reader,
-            link=to.link,
-            threads=to.threads,
-            new_id=to.author.new_id,
-            journal=journal,
-            progress=self._progress,
-        )
-        try:
-            with transfer:
-                root = self._sound(tree, transfer)
-        finally:
-            self.added = transfer.added
-        if root.digest.hex() != version.op.digest:
-            raise CorruptionError(f"{address}: its manifest holds something else than its record says")
-        self._named = transfer.fresh | transfer.hits
-        requires = transfer.requires.union(version.requires, () if self.base is None else self.base.requires)
-        self.content = Content(address_of(root.address), tuple(sorted(requires)), transfer.added)
-
-    def check(self, state: ArtifactState, fenced: bool) -> None:
-        """Make sure that the copy may be named after ``state``; ``fenced``: a gc came since it was made."""
-        base = self.base
-        if base is not None and not state.is_live(base.op.number, base.root):
-            raise _AgainError
-        if fenced and condemned_or_missing(self._to.store, self._named, threads=self._to.threads):
-            raise _AgainError
-
-    def _sound(self, tree: Tree, transfer: Transfer) -> TreeRoot:
-        """The manifest, made again as long as it names containers that may be on their way out."""
-        looked: set[bytes] = set()
-        while True:
-            root = self._build(tree, transfer)
-            transfer.flush()
-            doubtful = transfer.hits - looked
-            bad = condemned_or_missing(self._to.store, doubtful, threads=self._to.threads)
-            if not bad:
-                return root
-            looked |= doubtful
-            transfer.forget(bad)
-
-    def _build(self, tree: Tree, transfer: Transfer) -> TreeRoot:
-        base = Base(self.base, self._to.reader, self._name)
-        old, twin = base.tree, self._twin
-        for leaf in base.leaves():
-            transfer.seed(leaf)
-        edits: dict[str, Located | None] = {}
-        before: dict[str, Located] = {}
-
-        def changed() -> Iterator[Located]:
-            for was, now in differences(old, tree):
-                if now is None:
-                    assert was is not None
-                    edits[was.row.path] = None
-                    continue
-                if was is not None:
-                    before[was.row.path] = was
-                yield now
-
-        def earlier(path: str) -> Located | None:
-            with suppress(NotFoundError):
-                return before.pop(path, None) if twin is None else twin.get(path)
-            return None
-
-        for located in transfer.add(changed(), earlier, inherited=twin is None):
-            edits[located.row.path] = located
-        if old is not None and self.base is not None and not edits:
-            op = self.base.op
-            return TreeRoot(old.root, bytes.fromhex(op.digest), op.assets, op.bytes)
-        return edit_tree(base.reader, transfer, None if old is None else old.root, edits)
-
-
-def _nearest(version: VersionState, here: ArtifactState) -> VersionState | None:
-    """The live version of the destination that is likely to share most with one of the source."""
-    parent = here.versions.get(-1 if version.op.parent is None else version.op.parent)
-    if parent is not None and parent.deleted is None:
-        return parent
-    return here.latest()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -122,7 +122,15 @@ def test_fsck_says_what_can_still_be_read(damaged):
     [value] = damaged.json("fsck", code=5)
     [told] = value["losses"]
     assert told.pop("problem").startswith("x.bin: packs/")
-    expected = {"address": "big:v1", "whole": 1, "lost": ["x.bin"], "unnamed": 0, "older": "big:v0", "newer": "big:v2"}
+    expected = {
+        "address": "big:v1",
+        "whole": 1,
+        "lost": ["x.bin"],
+        "unnamed": 0,
+        "more": 0,
+        "older": "big:v0",
+        "newer": "big:v2",
+    }
     assert told == expected
     assert value["hurt"] == ["big:v1"]
     assert value["unreadable"] == []

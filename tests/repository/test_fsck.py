@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from test_corruption import Forge, leaf
 
-from mandapa.errors import InvalidInputError
+from mandapa.errors import CorruptionError, InvalidInputError
 from mandapa.format.keys import container_key, head_key, log_key
+from mandapa.format.manifest import Branch
 from mandapa.format.records import encode_marker
 from mandapa.object_store import LocalObjectStore, MemoryObjectStore
 from mandapa.repository.fsck import fsck
@@ -523,3 +524,51 @@ def test_files_that_are_folders_are_found_across_nodes():
         answers.add(twins(paths))
         assert bool(problems) == twins(paths), (number, paths)
     assert answers == {True, False}
+
+
+def test_names_of_what_is_lost_are_bounded(monkeypatch):
+    """Where all is lost, each asset is counted; paths are listed as far as they are not too many, none is forgotten."""
+    monkeypatch.setattr("mandapa.repository.losses._NAMES", 50)
+    store = MemoryObjectStore()
+    repo = Repository.create(store, codec="raw", author=author())
+    for step in range(3):
+        with repo.artifact("net").transaction() as txn:
+            for number in range(40 if step == 0 else 1):
+                txn.add_bytes(f"{number:02}", noise(1000 * step + number, 66_000))
+            txn.add_bytes("small", b"%d" % step)
+    store.delete([info.key for info in store.list("packs/")])
+    report = fsck(store)
+    assert [(len(loss.lost), loss.more, loss.whole) for loss in report.losses] == [(40, 0, 1), (10, 30, 1), (0, 40, 1)]
+    assert report.losses[1].lost == tuple(f"{number:02}" for number in range(10))
+
+
+def test_losses_in_large_manifests_are_what_a_reader_meets():
+    """Several leaves, shared by several versions, and any container lost: as many assets are whole as can be read."""
+    store = MemoryObjectStore()
+    repo = Repository.create(store, codec="raw", author=author())
+    paths = [f"{number:06}" for number in range(1300)]
+    for step in range(3):
+        with repo.artifact("many").transaction() as txn:
+            for number, path in enumerate(paths[:: 1 if step == 0 else 400]):
+                txn.add_bytes(path, noise(step * 5000 + number, 70_000 if number % 300 == 0 else 20))
+    assert isinstance(repo.reader.load(repo["many"].tree.root), Branch)
+    kinds = set()
+    for key in pack_keys(store):
+        data = bytes(store.get(key))
+        store.delete([key])
+        losses = {loss.address: loss for loss in fsck(store, sample=1.0).losses}
+        for version in Repository(store, threads=0).artifact("many").versions():
+            lost = set()
+            for path in paths:
+                try:
+                    version.open(path).read()
+                except CorruptionError:
+                    lost.add(path)
+            loss = losses.get(version.address)
+            assert (loss is None) == (not lost)
+            if loss is not None:
+                kinds.add((bool(loss.lost), bool(loss.unnamed)))
+                assert set(loss.lost) <= lost
+                assert (loss.whole, len(loss.lost) + loss.unnamed) == (len(paths) - len(lost), len(lost))
+        store.put(key, data)
+    assert kinds >= {(True, False), (False, True), (True, True)}

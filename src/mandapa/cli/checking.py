@@ -140,12 +140,12 @@ def _more(items: Sequence[object], noun: str) -> list[str]:
 
 def _loss_row(loss: Loss) -> tuple[str, str, str, str]:
     lost = [clean(path) for path in loss.lost[:_PATHS]]
-    if len(loss.lost) > len(lost):
-        lost.append(f"{len(loss.lost) - len(lost):,} more")
+    if more := len(loss.lost) - len(lost) + loss.more:
+        lost.append(f"{more:,} more")
     if loss.unnamed:
         lost.append(f"{count(loss.unnamed, 'asset')} whose names are lost")
     near = " and ".join(clean(address) for address in (loss.older, loss.newer) if address)
-    total = loss.whole + len(loss.lost) + loss.unnamed
+    total = loss.whole + len(loss.lost) + loss.more + loss.unnamed
     return (
         clean(loss.address),
         f"{loss.whole:,} of {count(total, 'asset')} whole",

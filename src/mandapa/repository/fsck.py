@@ -26,7 +26,7 @@ from mandapa.format.records import (
 from mandapa.object_store.base import Buffer, ObjectInfo, ObjectStore
 from mandapa.object_store.retry import RetryingObjectStore
 from mandapa.repository.histories import Histories, Live
-from mandapa.repository.inspection import Inspection
+from mandapa.repository.inspection import AHEAD, Inspection
 from mandapa.repository.losses import Damage, Loss, Losses, content_of
 from mandapa.repository.repository import Repository
 from mandapa.repository.scrub import Flaw, Named, Sample, Sampled, container_of, examine
@@ -121,7 +121,7 @@ class _Check:
         else:
             self._store, self._threads = RetryingObjectStore(repository), 4
         self._progress = progress
-        self._reader = NodeReader(self._store)
+        self._reader = NodeReader(self._store, keep=4 * AHEAD)
         self._histories = Histories(self._store, self._threads, self._found)
         self._damage = Damage()
         self._lost: dict[str, str] = {}
@@ -216,7 +216,7 @@ class _Check:
     def _containers(self, extent: dict[bytes, int], named: Named | None, chosen: Sample | None) -> None:
         """Every container that is named is there, and long enough for it; those that are to be read are as written."""
         stored = Counter[str]()
-        missing = dict(extent)
+        missing = extent  # less what is met
 
         def readable() -> Iterator[tuple[bytes, int]]:
             for info in self._listed():
@@ -366,7 +366,7 @@ class _Check:
             if known is not None:
                 loss = Loss(one.address, known, 0, (), one.assets)
             if loss is not None:
-                if loss.unnamed == 0 and not loss.lost:
+                if not (loss.unnamed or loss.lost or loss.more):
                     loss = replace(loss, unnamed=one.assets)  # not even the root can be read
                 hurt[one.name][one.number] = loss
         whole: defaultdict[str, list[int]] = defaultdict(list)

@@ -26,10 +26,11 @@ from mandapa.format.manifest import (
     node_digest,
 )
 
-__all__ = ["Inspection", "Ranges", "Summary"]
+__all__ = ["AHEAD", "Inspection", "Ranges", "Summary"]
 
 
-_AHEAD = 1024  # nodes that are read before they are looked at; a reader keeps four times as many
+AHEAD = 256
+"""Nodes that are read before they are looked at; a reader should keep a few times as many."""
 
 
 class Ranges(Protocol):
@@ -98,11 +99,11 @@ class Inspection:
         self.suspects: set[bytes] = set()
 
     def preload(self, addresses: Iterable[NodeAddress]) -> None:
-        """Have nodes at hand, and what is below them, a level at a time, up to some hundreds.
+        """Have nodes at hand, and what is below them, a level at a time, up to `AHEAD`.
 
         Several requests at once; a node that cannot be read is met again later.
         """
-        room = _AHEAD
+        room = AHEAD
         wanted = list(dict.fromkeys(addresses))
         while wanted and room > 0:
             wanted = wanted[:room]

@@ -27,13 +27,18 @@ class Loss:
     whole: int
     """Assets that can be read."""
     lost: tuple[str, ...]
-    """Paths of those that cannot, in order."""
+    """Paths of those that cannot, in order; of a report 1,000,000 at most."""
     unnamed: int
     """Assets of which not even the paths can be read."""
+    more: int = 0
+    """Assets that cannot be read either, and whose paths would have been too many."""
     older: str = ""
     """The nearest version before it that is whole; empty: none."""
     newer: str = ""
     """The nearest one after it."""
+
+
+_NAMES = 1_000_000
 
 
 class Damage:
@@ -64,6 +69,31 @@ def content_of(row: FileRow | LargeFileRow, pieces: tuple[Piece, ...]) -> int:
     return hash((row.digest, pieces))
 
 
+class _Tally:
+    """What can be read, and what cannot."""
+
+    __slots__ = ("lost", "problem", "unnamed", "whole")
+
+    def __init__(self) -> None:
+        self.whole = 0
+        self.lost: list[str] = []
+        self.unnamed = 0
+        self.problem = ""
+
+    def add(self, path: str, why: str) -> None:
+        if why:
+            self.problem = self.problem or f"{path}: {why}"
+            self.lost.append(path)
+        else:
+            self.whole += 1
+
+    def take(self, other: _Tally) -> None:
+        self.whole += other.whole
+        self.lost += other.lost
+        self.unnamed += other.unnamed
+        self.problem = self.problem or other.problem
+
+
 class Losses:
     """What of versions cannot be read any more.
 
@@ -79,6 +109,8 @@ class Losses:
         self._missing = missing
         self._broken = damage.containers()
         self._clean: set[NodeAddress] = set()
+        self._leaves: dict[NodeAddress, _Tally] = {}
+        self._names = _NAMES
 
     def touches(self, address: NodeAddress) -> bool:
         """Whether something below a node cannot be read.
@@ -115,32 +147,72 @@ class Losses:
         return any(self._why(located, "") for located in rows)
 
     def of(self, root: NodeAddress, address: str) -> Loss | None:
-        """What of a version cannot be read; None when all of it can. Reads all of its manifest.
+        """What of a version cannot be read; None when all of it can. Reads what is damaged of its manifest, once.
 
         Raises:
             StorageError: The store failed.
         """
-        whole, unnamed, problem = 0, 0, ""
-        lost: list[str] = []
+        tally = _Tally()
+        self._add(root, None, tally, address)
+        if not tally.problem:
+            return None
+        named = tally.lost[: self._names]
+        self._names -= len(named)
+        more = len(tally.lost) - len(named)
+        return Loss(address, tally.problem, tally.whole, tuple(named), tally.unnamed, more)
+
+    def _add(self, node_address: NodeAddress, assets: int | None, tally: _Tally, address: str) -> None:
+        """Count what is below a node, of which the node above says that it holds so many assets."""
+        known = self._leaves.get(node_address)
+        if known is not None:
+            tally.take(known)
+            return
+        try:
+            node = self._reader.load(node_address)
+            if isinstance(node, Part):
+                raise CorruptionError("a list of chunks where a node of assets should be")
+        except (NotFoundError, CorruptionError, FormatVersionError) as error:
+            self._gap(Gap("", assets, error), tally, address)
+            return
+        if isinstance(node, Leaf):
+            known = self._leaves[node_address] = _Tally()
+            for row in node.rows:
+                known.add(row.path, self._why(Located(row, node.containers), address))
+            tally.take(known)
+        elif node_address in self._damage.nodes:
+            self._add_disorder(node_address, tally, address)
+        else:
+            tree = Tree(self._reader, node_address)
+            for at, child in enumerate(node.rows):
+                below = child_address(child, node.containers)
+                try:
+                    if below not in self._clean:
+                        tree.child(node, at)
+                except (NotFoundError, CorruptionError, FormatVersionError) as error:
+                    self._gap(Gap(child.path, child.assets, error), tally, address)
+                    continue
+                if self.touches(below):
+                    self._add(below, child.assets, tally, address)
+                else:
+                    tally.whole += child.assets
+
+    def _add_disorder(self, node_address: NodeAddress, tally: _Tally, address: str) -> None:
+        """Below a node with paths that go back, where a reader would stop: those paths are lost."""
         last = ""
-        for found in rows_and_gaps(self._reader, root):
+        for found in rows_and_gaps(self._reader, node_address):
             if isinstance(found, Gap):
-                if isinstance(found.error, NotFoundError):
-                    self._missing("I4", address, found.error)
-                problem = problem or str(found.error)
-                unnamed += found.assets or 0
+                self._gap(found, tally, address)
                 continue
             path = found.row.path
-            why = self._why(found, address)
-            if path <= last:
-                why = f"it does not come after {last!r}"
+            why = f"it does not come after {last!r}" if path <= last else self._why(found, address)
+            tally.add(path, why)
             last = max(path, last)
-            if why:
-                problem = problem or f"{path}: {why}"
-                lost.append(path)
-            else:
-                whole += 1
-        return Loss(address, problem, whole, tuple(lost), unnamed) if problem else None
+
+    def _gap(self, gap: Gap, tally: _Tally, address: str) -> None:
+        if isinstance(gap.error, NotFoundError):
+            self._missing("I4", address, gap.error)
+        tally.problem = tally.problem or str(gap.error)
+        tally.unnamed += gap.assets or 0
 
     def _why(self, located: Located, address: str) -> str:
         """Why an asset cannot be read; empty: it can. What is missing is told when ``address`` says to whom."""

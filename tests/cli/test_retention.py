@@ -58,7 +58,7 @@ def test_plan_then_apply(series):
     assert value == {**plan, "requests": 2, "month": 0, "currency": "USD"}
     [part] = value["artifacts"]
     assert [one["version"] for one in part["goes"]] == [0, 1, 2, 3]
-    assert [one["names"] for one in part["goes"]] == [[], ["prod"], [], []]
+    assert [one["aliases"] for one in part["goes"]] == [[], ["prod"], [], []]
     assert all(one["alone"] > 0 for one in part["goes"])
     assert value["freed"] == sum(one["alone"] for one in part["goes"]) == value["object_bytes"]
     assert (value["shared"], value["unread"]) == (0, [])
@@ -67,6 +67,7 @@ def test_plan_then_apply(series):
     assert "skipped net:v2: it got the name 'keep' since the plan was made" in out
     assert "deleted 3 versions of net: v0-v1, v3, and dropped prod (v1)" in out
     [undo] = [line for line in out.splitlines() if line.startswith("undo: mandapa ")]
+    assert "then: mandapa alias net prod v1" in out
     assert live(series) == [2, 4, 5]
     series(*undo.removeprefix("undo: mandapa ").split())
     assert live(series) == [0, 1, 2, 3, 4, 5]
@@ -74,6 +75,15 @@ def test_plan_then_apply(series):
     assert {one["address"]: one["deleted"] for one in values} == {f"net:v{n}": False for n in range(4)}
     assert all("brought back" in one["skipped"] or "'keep'" in one["skipped"] for one in values)
     assert "nothing was deleted" in series("expire", "--apply", "plan.json").out
+
+
+def test_names_that_go_are_told_first(series):
+    """A tag is never used again."""
+    series("tag", "net", "paper", "v0")
+    out = series("expire", "net", "--keep-last", "1", "--no-keep-aliased", "--no-keep-tagged").out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "drops paper a tag, for ever, with v0" in lines
+    assert "drops prod an alias, with v1" in lines
 
 
 def test_yes_plans_and_does(series):
@@ -129,7 +139,7 @@ def test_policies_are_stored(series):
     assert "keep-last 4 (stored policy)" in series("expire", "net", "--keep-last", "1").out
     [value] = series.json("expire", "--all", "--yes")
     assert [one["address"] for one in value["versions"]] == ["data:v0", "net:v0", "net:v1"]
-    assert value["versions"][2]["names"] == ["prod"]
+    assert (value["versions"][2]["aliases"], value["versions"][2]["tags"]) == (["prod"], [])
     series("policy", "drop", "net")
     series("policy", "drop", "--default")
     assert series.json("policy", "show") == []

@@ -66,7 +66,7 @@ def test_one_record_for_all(repo):
     artifact.tag("t", 2)
     records = len(artifact.open_log().records)
     plan = repo.plan_expire("m", policy=Policy(keep_last=1, keep_aliased=False, keep_tagged=False))
-    assert [(one.version, one.names) for one in plan.artifacts[0].goes] == [
+    assert [(one.version, one.aliases + one.tags) for one in plan.artifacts[0].goes] == [
         (0, ("a", "b")),
         (1, ()),
         (2, ("t",)),
@@ -76,7 +76,8 @@ def test_one_record_for_all(repo):
     log = artifact.open_log()
     assert len(log.records) == records + 1
     assert log.records[-1].ops == (AliasOp("a", None), AliasOp("b", None), TagOp("t", None), DeleteOp([0, 1, 2, 3]))
-    assert [one.names for one in done] == [("a", "b"), (), ("t",), ()]
+    assert [one.aliases for one in done] == [("a", "b"), (), (), ()]
+    assert [one.tags for one in done] == [(), (), ("t",), ()]
     assert live(repo) == [4]
     assert artifact.undelete(0, 1, 2, 3) == [0, 1, 2, 3]
     assert live(repo) == [0, 1, 2, 3, 4]

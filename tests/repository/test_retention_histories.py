@@ -54,8 +54,8 @@ events = st.one_of(
     st.tuples(st.just("back"), some),
     st.tuples(st.just("note"), some),
     st.tuples(st.just("rename")),
-    st.tuples(st.just("day")),
 )
+days = st.tuples(st.just("day"))
 
 
 class World:
@@ -135,10 +135,10 @@ class World:
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     versions=st.lists(metadata, min_size=3, max_size=6),
-    before=st.lists(events, max_size=6),
+    before=st.lists(events | days, max_size=6),
     policy=policies,
     stored=st.none() | policies,
-    between=st.lists(events, max_size=5),
+    between=st.lists(events | days, max_size=5),
     at_slot=st.lists(st.lists(events, min_size=1, max_size=3), max_size=2),
 )
 def test_what_goes_was_planned_and_may_go(versions, before, policy, stored, between, at_slot):
@@ -152,7 +152,7 @@ def test_what_goes_was_planned_and_may_go(versions, before, policy, stored, betw
     expirer = Repository(world.store, threads=0, author=Author("expirer"))
     plan = ExpirePlan.from_json(expirer.plan_expire(world.name, policy=policy).to_json())
     [part] = plan.artifacts
-    planned = {one.version: set(one.names) for one in part.goes}
+    planned = {one.version: {*one.aliases, *one.tags} for one in part.goes}
     assert planned.keys().isdisjoint({one.version for one in part.stays})
     start = world.repo.log(world.id).refresh()
     assert set(start.live()) - planned.keys() == world.stays(policy, start, part.records)
@@ -186,5 +186,7 @@ def test_what_goes_was_planned_and_may_go(versions, before, policy, stored, betw
     assert {one.version for one in done if not one.skipped} == gone
     assert {one.version for one in done} == planned.keys()
     assert all(not log.state.names_of(n) for n in gone)
-    assert {one.version: set(one.names) for one in done if not one.skipped} == {n: set(state.names_of(n)) for n in gone}
+    assert {one.version: {*one.aliases, *one.tags} for one in done if not one.skipped} == {
+        n: set(state.names_of(n)) for n in gone
+    }
     assert fsck(Repository(world.store, threads=0)).ok

@@ -154,7 +154,9 @@ def _freed_text(plan: ExpirePlan, prices: Prices) -> str:
 
 def _part_text(part: ArtifactPlan) -> str:
     rows = [("  goes", _few([one.version for one in part.goes]), "")]
-    rows += [("  drops", clean(", ".join(one.names)), f"with v{one.version}") for one in part.goes if one.names]
+    for one in part.goes:
+        rows += [("  drops", clean(name), f"an alias, with v{one.version}") for name in one.aliases]
+        rows += [("  drops", clean(name), f"a tag, for ever, with v{one.version}") for name in one.tags]
     shown = part.stays[-_SHOWN:]
     rows += [("  stays", f"v{one.version}", clean(", ".join(one.by))) for one in reversed(shown)]
     more = len(part.stays) - len(shown)
@@ -172,7 +174,8 @@ def _value(one: Expired) -> dict[str, Any]:
     return {
         "address": f"{one.artifact}:v{one.version}",
         "deleted": not one.skipped,
-        "names": list(one.names),
+        "aliases": list(one.aliases),
+        "tags": list(one.tags),
         "until": None if one.until is None else time(one.until),
         "skipped": one.skipped,
     }
@@ -183,7 +186,7 @@ def _text(done: list[Expired]) -> str:
     lines = [f"skipped {clean(one.artifact)}:v{one.version}: {clean(one.skipped)}" for one in done if one.skipped]
     for name in dict.fromkeys([one.artifact for one in gone]):
         own = [one for one in gone if one.artifact == name]
-        dropped = [f"{label} (v{one.version})" for one in own for label in one.names]
+        dropped = [f"{label} (v{one.version})" for one in own for label in (*one.aliases, *one.tags)]
         also = f", and dropped {clean(', '.join(dropped))}" if dropped else ""
         numbers = _few([one.version for one in own])
         lines.append(f"deleted {count(len(own), 'version')} of {clean(name)}: {numbers}{also}")
@@ -194,6 +197,11 @@ def _text(done: list[Expired]) -> str:
         lines.append(f"undo: mandapa undelete {' '.join(undo)}")
     else:
         lines.append(f"undo: mandapa undelete {undo[0]} ... ('mandapa log --deleted ARTIFACT' lists them)")
+    lines += [
+        f"then: mandapa alias {clean(one.artifact)} {clean(name)} v{one.version}"
+        for one in gone
+        for name in one.aliases
+    ][:_SHOWN]
     until = min([one.until for one in gone if one.until is not None], default=None)
     lines.append(
         f"{f'until {until:%Y-%m-%d %H:%M} UTC at least' if until else 'for 7 days at least'}; "

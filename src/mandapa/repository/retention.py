@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -43,8 +43,10 @@ class Going(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A version that goes."""
 
     version: _Count
-    names: tuple[str, ...] = ()
-    """Aliases and tags that are dropped with it."""
+    aliases: tuple[str, ...] = ()
+    """Those that are dropped with it."""
+    tags: tuple[str, ...] = ()
+    """Likewise: their names are never used again."""
     alone: _Count = 0
     """Stored bytes that no other live version reaches."""
 
@@ -117,14 +119,16 @@ class ExpirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return plan
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Expired:
     """What became of one version of a plan."""
 
     artifact: str
     version: int
-    names: tuple[str, ...] = ()
-    """Aliases and tags that were dropped with it."""
+    aliases: tuple[str, ...] = ()
+    """Those that were dropped with it."""
+    tags: tuple[str, ...] = ()
+    """Likewise."""
     until: datetime | None = None
     """Until then at least it can be brought back, by the store's clock; None when it was not deleted, or not known."""
     skipped: str = ""
@@ -164,15 +168,15 @@ def _draft(judge: _Judge, kept: Mapping[int, Sequence[str]]) -> ArtifactPlan:
     """What goes of an artifact, not measured yet."""
     fact = judge.fact
     state, records = fact.log.state, fact.log.records
-    names = _names(state)
+    aliases, tags = _by_version(state.aliases), _by_version(state.tags)
     return ArtifactPlan(
         artifact=fact.id,
         name=_name(fact),
         policy=judge.policies[0],
         records=len(records),
         seal=records[-1].seal if records else "",
-        goes=tuple([Going(number, tuple(names.get(number, ()))) for number in state.live() if number not in kept]),
-        stays=tuple([Staying(number, tuple(kept[number])) for number in state.live() if number in kept]),
+        goes=tuple([Going(n, aliases.get(n, ()), tags.get(n, ())) for n in state.live() if n not in kept]),
+        stays=tuple([Staying(n, tuple(kept[n])) for n in state.live() if n in kept]),
     )
 
 
@@ -279,7 +283,7 @@ class _Expiry:
         self._used = used
         self._log = judge.fact.log
         self._name = _name(judge.fact)
-        self._gone: dict[int, tuple[str, ...]] = {}
+        self._gone: dict[int, Expired] = {}
         self._skipped: dict[int, str] = {}
 
     def run(self) -> Iterator[Expired]:
@@ -297,7 +301,7 @@ class _Expiry:
                 self._gone, self._skipped = {}, dict.fromkeys([one.version for one in batch], str(error))
             for one in batch:
                 if one.version in self._gone:
-                    yield Expired(self._name, one.version, self._gone[one.version], until)
+                    yield dataclasses.replace(self._gone[one.version], until=until)
                 else:
                     yield Expired(self._name, one.version, skipped=self._skipped[one.version])
 
@@ -305,25 +309,26 @@ class _Expiry:
         """The ops for the slot after ``state``: names first, as a version with a name cannot be deleted."""
         kept = self._judge.kept(state, self._used)
         back = _brought_back(self._log.records[self._part.records :])
-        names_of = _names(state)
+        aliases, tags = _by_version(state.aliases), _by_version(state.tags)
         self._gone, self._skipped = {}, {}
         for one in batch:
-            names = tuple(names_of.get(one.version, ()))
-            if why := self._obstacle(state, one, names, kept, back):
+            now = Expired(self._name, one.version, aliases.get(one.version, ()), tags.get(one.version, ()))
+            if why := self._obstacle(state, one, now, kept, back):
                 self._skipped[one.version] = why
             else:
-                self._gone[one.version] = names
+                self._gone[one.version] = now
         if not self._gone:
             raise _NothingError
-        dropped = [name for names in self._gone.values() for name in names]
-        ops: list[Op] = [AliasOp(name, None) if name in state.aliases else TagOp(name, None) for name in dropped]
+        gone = self._gone.values()
+        ops: list[Op] = [AliasOp(name, None) for one in gone for name in one.aliases]
+        ops += [TagOp(name, None) for one in gone for name in one.tags]
         return [*ops, DeleteOp(sorted(self._gone))]
 
     def _obstacle(
         self,
         state: ArtifactState,
         one: Going,
-        names: tuple[str, ...],
+        now: Expired,
         kept: Mapping[int, Sequence[str]],
         back: set[int],
     ) -> str:
@@ -339,16 +344,16 @@ class _Expiry:
             return "it was brought back since the plan was made"
         if one.version in kept:
             return f"it stays now: {', '.join(kept[one.version])}"
-        if new := sorted({*names} - {*one.names}):
-            return f"it got the name {new[0]!r} since the plan was made"
+        if new := [*({*now.aliases} - {*one.aliases}), *({*now.tags} - {*one.tags})]:
+            return f"it got the name {min(new)!r} since the plan was made"
         return ""
 
 
-def _names(state: ArtifactState) -> dict[int, list[str]]:
-    """Aliases and tags by version, sorted."""
-    found: dict[int, list[str]] = {}
-    for name, number in sorted([*state.aliases.items(), *state.tags.items()]):
-        found.setdefault(number, []).append(name)
+def _by_version(names: Mapping[str, int]) -> dict[int, tuple[str, ...]]:
+    """Names of each version that has some, sorted."""
+    found: dict[int, tuple[str, ...]] = {}
+    for name, number in sorted(names.items()):
+        found[number] = (*found.get(number, ()), name)
     return found
 
 
@@ -361,7 +366,7 @@ def _batches(goes: Sequence[Going]) -> Iterator[list[Going]]:
     batch: list[Going] = []
     size = 0
     for one in goes:
-        more = len(str(one.version)) + 1 + sum([len(name) + 48 for name in one.names])
+        more = len(str(one.version)) + 1 + sum([len(name) + 48 for name in (*one.aliases, *one.tags)])
         if batch and size + more > _OPS_MAX:
             yield batch
             batch, size = [], 0

@@ -21,6 +21,7 @@ from mandapa.format.manifest import (
 )
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, PackEntry, pack_footer
 from mandapa.format.strict import seal
+from mandapa.repository.policy import Policy
 
 REPOSITORY = "5b1f6a0c9d2e4783a1b0c4d5e6f70819"
 ARTIFACT = "c0ffee00112233445566778899aabbcc"
@@ -112,6 +113,7 @@ def make():
         record = r.Record(seq=seq, txn=TXN[4 + seq], prev=prev, at=AT, by="ana@hall-1", ops=ops)
         out[f"catalog {seq}"] = r.encode_record(record)
         prev = r.decode_record(out[f"catalog {seq}"], key="k", seq=seq).seal
+    out["policy"] = Policy(keep_last=5, keep_best=("3:val/loss:min",), newer_than="14d").to_json()
     out["gc list"] = r.encode_gc_list(EPOCH, [container_key(PACK), container_key(META)])
     out.update(shapes(leaf, rows))
     out["sealed"] = seal({"format": 1, "word": "मण्डप"})

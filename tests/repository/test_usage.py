@@ -14,7 +14,7 @@ from mandapa.content.fetch import pieces_of
 from mandapa.content.index import Index
 from mandapa.content.tree import NodeReader, Tree, child_address
 from mandapa.content.upload import Upload
-from mandapa.errors import InvalidInputError, NotFoundError
+from mandapa.errors import InvalidInputError, NotFoundError, StorageError
 from mandapa.format.keys import container_key, log_key
 from mandapa.format.manifest import Branch, LargeFileRow, Leaf, UrlRow
 from mandapa.format.records import RepackOp, decode_record, encode_record
@@ -281,6 +281,27 @@ def test_what_it_costs_to_know(repo, store, tmp_path):
     usage = again.usage()
     assert counting.requests == {"list": 4, "get": 1}
     assert usage == repo.usage()
+
+
+def test_what_was_read_before_an_error_is_kept(repo, store, tmp_path):
+    """A store that fails midway costs the rest, not all again; progress is told."""
+
+    class Failing(CountingObjectStore):
+        left = 3
+
+        def get_ranges(self, key, ranges):
+            self.left -= 1
+            if self.left < 0:
+                raise StorageError("away", retryable=False)
+            return super().get_ranges(key, ranges)
+
+    seen = []
+    with pytest.raises(StorageError):
+        Repository(Failing(store), threads=0, cache_dir=tmp_path).usage(progress=lambda what, n: seen.append((what, n)))
+    assert seen == [("manifest nodes", 1), ("manifest nodes", 2), ("manifest nodes", 3)]
+    whole, rest = CountingObjectStore(store), CountingObjectStore(store)
+    assert Repository(whole, threads=0).usage() == Repository(rest, threads=0, cache_dir=tmp_path).usage()
+    assert rest.requests["get_ranges"] == whole.requests["get_ranges"] - 3
 
 
 def test_another_by_is_refused(repo):

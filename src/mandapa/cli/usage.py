@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "money", "prices_of"]
 
 _LINES = 40
+_WORTH = 100
+"""Bytes inside of objects are worth a word when they are more than a hundredth of what is stored."""
+
 _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "reclaimable", "objects", "writes")
 
 
@@ -38,7 +42,8 @@ _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "
 def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
     """Tell what is stored, what of it is shared, what could go, and what it costs. Nothing is changed."""
     repo = session.open()
-    usage = repo.usage(by, prices_of(prices_file))
+    with Bar("reading", unit="things") as bar:
+        usage = repo.usage(by, prices_of(prices_file), progress=bar.counted)
     session.emit(_value(usage), lambda: _text(usage, None if all_ else _LINES))
 
 
@@ -116,7 +121,7 @@ def _priced(usage: Usage) -> str:
 
 def _advice(usage: Usage) -> list[str]:
     """What to run next, when something can go."""
-    if not usage.total.reclaimable:
+    if not usage.unreached and usage.total.reclaimable * _WORTH < usage.total.stored:
         return []
     whole = f"{count(usage.unreached, 'object')} ({size(usage.unreached_bytes)}) that no live version needs"
     return [

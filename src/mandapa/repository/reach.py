@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from mandapa.content.parallel import in_order
@@ -55,13 +55,19 @@ class Reach:
     not looked for again: that it still is there is not said.
 
     For one operation, and one thread; nodes are read by the repository's threads. `close` keeps what is new.
+
+    Args:
+        repository: Whose versions.
+        progress: Called with ``manifest nodes`` and how many were read so far.
     """
 
-    def __init__(self, repository: Repository) -> None:
+    def __init__(self, repository: Repository, *, progress: Callable[[str, int], None] | None = None) -> None:
         self._store = repository.store
         self._threads = repository.threads
         self._known = Known(repository.kept_nodes)
         self._failed: dict[bytes, Exception] = {}
+        self._progress = progress
+        self._done = 0
 
     @property
     def containers(self) -> list[bytes]:
@@ -198,6 +204,9 @@ class Reach:
             todo = {}
             for start in range(0, len(wanted), _WAVE):
                 for key, address, found in self._load(wanted[start : start + _WAVE]):
+                    self._done += 1
+                    if self._progress is not None:
+                        self._progress("manifest nodes", self._done)
                     if isinstance(found, Exception):
                         self._failed[key] = found
                         continue

@@ -367,7 +367,13 @@ class Repository:
 
         return mirror(self, destination, only=only, progress=progress)
 
-    def usage(self, by: By = "artifact", prices: Prices | None = None) -> Usage:
+    def usage(
+        self,
+        by: By = "artifact",
+        prices: Prices | None = None,
+        *,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> Usage:
         """What every artifact, run or month takes: plain, stored, shared, alone its own, and what could go; the cost.
 
         A version of which nothing can be read is named in the result, and not counted. What others commit meanwhile
@@ -380,6 +386,7 @@ class Repository:
             by: What a row stands for: ``artifact``, ``run`` or ``month`` (in which a version was made, UTC, by the
                 clock of who made it).
             prices: What the store charges; default: list prices of its kind.
+            progress: Called with what is being read, and how many of it were.
 
         Raises:
             InvalidInputError: Another ``by``.
@@ -388,7 +395,7 @@ class Repository:
         """
         from mandapa.repository.usage import usage
 
-        return usage(self, by, prices)
+        return usage(self, by, prices, progress)
 
     # -- for the layers of this package -------------------------------------------------------------------------------
 

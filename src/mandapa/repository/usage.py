@@ -97,15 +97,30 @@ class _Group:
     commits: int = 0
 
 
-def usage(repository: Repository, by: By = "artifact", prices: Prices | None = None) -> Usage:
+def usage(
+    repository: Repository, by: By, prices: Prices | None, progress: Callable[[str, int], None] | None = None
+) -> Usage:
     """What a repository takes; see `Repository.usage`."""
     if by not in get_args(By):
         raise InvalidInputError(f"by={by!r}: use one of {', '.join(get_args(By))}")
-    return _Count(repository, by, prices or Prices.of(repository.url)).run()
+    count = _Count(repository, by, prices or Prices.of(repository.url), progress)
+    done = False
+    try:
+        found = count.run()
+        done = True
+    finally:
+        count.reach.close(whole=done)  # what was read before an error need not be read again
+    return found
 
 
 class _Count:
-    def __init__(self, repository: Repository, by: By, prices: Prices) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        by: By,
+        prices: Prices,
+        progress: Callable[[str, int], None] | None,
+    ) -> None:
         self._repo = repository
         self._by = by
         self._prices = prices
@@ -114,12 +129,12 @@ class _Count:
         self._sizes = {info.key: info.size for prefix in _FOLDERS for info in repository.store.list(prefix)}
         self._facts = read_logs(repository)
         self._removed = repository.catalog.state.removed
-        self._reach = Reach(repository)
+        self.reach = Reach(repository, progress=progress)
 
     def run(self) -> Usage:
         import numpy as np
 
-        reach = self._reach
+        reach = self.reach
         groups = self._groups()
         reach.fetch([version.root for group in groups.values() for _, version in group.live])
         reach.fetch([root for group in groups.values() for root in group.past])
@@ -130,7 +145,6 @@ class _Count:
         rows = [self._row(name, group, live[name], past[name], shares) for name, group in groups.items()]
         rows = [row for row in rows if row.versions or row.deleted or row.reclaimable]
         rows.sort(key=lambda row: (-row.stored, -row.reclaimable, row.name))
-        reach.close(whole=True)
         return self._total(rows, shares)
 
     # -- which versions -----------------------------------------------------------------------------------------------
@@ -170,10 +184,10 @@ class _Count:
     def _live(self, group: _Group) -> Ids:
         """What the live versions of a row reach; those that cannot be read are named, and taken out."""
         try:
-            return self._reach.union([version.root for _, version in group.live])
+            return self.reach.union([version.root for _, version in group.live])
         except _BROKEN:
             group.live = [found for facts, version in group.live if (found := self._readable(facts, version, group))]
-            return self._reach.union([version.root for _, version in group.live])
+            return self.reach.union([version.root for _, version in group.live])
 
     def _readable(self, facts: LogFacts, version: VersionState, group: _Group) -> tuple[LogFacts, VersionState] | None:
         """The version as it can be read: its bytes may have moved, or it may be deleted, since the log was read.
@@ -182,7 +196,7 @@ class _Count:
         """
         while True:
             try:
-                self._reach.of(version.root)
+                self.reach.of(version.root)
                 return facts, version
             except _BROKEN as error:
                 state = facts.log.refresh()
@@ -199,14 +213,14 @@ class _Count:
     def _past(self, group: _Group) -> Ids:
         """What is still there of the deleted versions of a row, and of what live ones were before they moved."""
         try:
-            return self._reach.union(group.past)
+            return self.reach.union(group.past)
         except _BROKEN:  # a clean-up has taken some of it
             roots = [root for root in group.past if self._is_whole(root)]
-            return self._reach.union(roots)
+            return self.reach.union(roots)
 
     def _is_whole(self, root: Root) -> bool:
         try:
-            self._reach.of(root)
+            self.reach.of(root)
         except _BROKEN:
             return False
         return True
@@ -214,7 +228,7 @@ class _Count:
     # -- what that is -------------------------------------------------------------------------------------------------
 
     def _row(self, name: str, group: _Group, live: Ids, past: Ids, shares: Ids) -> Row:
-        reach = self._reach
+        reach = self.reach
         stored = reach.stored(live)
         count = shares[live]
         objects = self._objects(live)
@@ -237,12 +251,12 @@ class _Count:
         """How many objects ranges are in."""
         import numpy as np
 
-        return len(np.unique(self._reach.container_of(ids)))
+        return len(np.unique(self.reach.container_of(ids)))
 
     def _total(self, rows: Sequence[Row], shares: Ids) -> Usage:
         import numpy as np
 
-        reach = self._reach
+        reach = self.reach
         live = np.flatnonzero(shares)
         numbers = reach.container_of(live)
         needed = np.bincount(numbers, reach.stored(live) + _ENTRY, len(reach.containers))

@@ -19,9 +19,10 @@ from mandapa.content.index import Index, Piece
 from mandapa.content.upload import Upload
 from mandapa.digest import digest
 from mandapa.errors import CorruptionError, InvalidInputError
-from mandapa.format.keys import container_key
+from mandapa.format.keys import container_key, log_key
 from mandapa.format.manifest import Branch, ChildRow, LargeFileRow, encode_node
 from mandapa.format.records import FenceOp, RepackOp, encode_gc_list
+from mandapa.format.strict import seal
 from mandapa.object_store import MemoryObjectStore
 from mandapa.object_store.base import Buffer
 from mandapa.repository import rewrite as rewrite_module
@@ -641,6 +642,27 @@ def test_young_packs_and_what_may_come_back_stay(half_dead):
     assert plan(repo, now=now, grace=3600).packs == ()
     repo.artifact("b").remove()
     assert plan(repo, now=now + timedelta(hours=2), grace=3600).versions == 1
+
+
+@pytest.mark.parametrize("what", ["log", "version"])
+def test_what_only_a_newer_mandapa_can_move_stays(half_dead, what):
+    """A pack that a log with unknown ops needs, or a version with an unknown feature, is left out; who tries is told."""
+    repo = half_dead
+    assert plan(repo).packs
+    log = repo.artifact("b").open_log()
+    version = log.state.versions[0]
+    if what == "log":
+        line = {"format": 1, "seq": 1, "txn": "0" * 32, "prev": log.records[0].seal, "at": "2027-01-01T00:00:00Z"}
+        line |= {"by": "", "ops": [{"op": "shine", "optional": True}]}
+        repo.store.create(log_key(log.id, 1), seal(line))
+    else:
+        op = RepackOp(0, version.root, version.root, ["shine"])
+        log.append("0" * 32, lambda _: [op], repo.author)
+    repo = Repository(repo.place)
+    assert plan(repo).packs == ()
+    result = {one.address: one.skipped for one in rewrite(repo, {old_pack(repo)})}
+    assert result["a:v1"] == ""
+    assert "upgrade" in result["b:v0"]
 
 
 def test_a_manifest_that_is_gone_stops_the_plan(half_dead):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -117,8 +118,8 @@ def plan_rewrite(
     """Which packs are worth being emptied: at least half dead, and more is freed than has to be written. No write.
 
     Left out are packs that are younger than ``grace``, which a commit under way may need; those that a version needs
-    which was deleted less than ``grace`` ago, for a gc could not take them yet; and those that a log with ops of a
-    newer mandapa needs. A pack that nothing needs is a gc's business, not this one's.
+    which was deleted less than ``grace`` ago, for a gc could not take them yet; and those that a version needs which
+    only a newer mandapa can move. A pack that nothing needs is a gc's business, not this one's.
 
     Requests: one for each 1,000 packs, those of `read_logs`, and those of `Reach` for what this machine has not seen.
 
@@ -154,10 +155,8 @@ class _Plan:
         live: list[_Counted] = []
         held: list[_Counted] = []
         for facts in read_logs(self._repo):
-            state = facts.log.state
             for version in self._counted(facts):
-                moves = version.deleted is None and not state.closed and not state.read_only
-                (live if moves else held).append((facts, version))
+                (live if self._moves(facts.log.state, version) else held).append((facts, version))
         needed = self._bytes(self._union(held))
         found = {}
         for container, used in self._bytes(self._union(live)).items():
@@ -180,6 +179,13 @@ class _Plan:
         for version in state.versions.values():
             if version.deleted is None or self._is_young(facts.times.get(version.deleted.seq)):
                 yield version
+
+    def _moves(self, state: ArtifactState, version: VersionState) -> bool:
+        """Whether a version is live, and of what this mandapa knows all of."""
+        with suppress(FormatVersionError):
+            self._repo.check_features(version.requires, "")
+            return version.deleted is None and not state.closed and not state.read_only
+        return False
 
     def _is_young(self, time: datetime | None) -> bool:
         return time is None or (self._now - time).total_seconds() < self._grace

@@ -646,7 +646,7 @@ def test_young_packs_and_what_may_come_back_stay(half_dead):
 
 @pytest.mark.parametrize("what", ["log", "version"])
 def test_what_only_a_newer_mandapa_can_move_stays(half_dead, what):
-    """A pack that a log with unknown ops needs, or a version with an unknown feature, is left out; who tries is told."""
+    """A pack that a log with unknown ops needs, or a version with an unknown feature, stays; who tries is told."""
     repo = half_dead
     assert plan(repo).packs
     log = repo.artifact("b").open_log()

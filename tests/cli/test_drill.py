@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 
 import pytest
+
+from mandapa.repository.repository import Repository
+from mandapa.testing.server import serve
 
 
 def largest(net):
@@ -121,3 +128,42 @@ def test_a_drill_of_nothing(cli):
     """A repository without artifacts is no failure."""
     cli("init")
     assert cli("drill", "--all").out == "no artifacts yet\n"
+
+
+@pytest.mark.parametrize("damage", ["lost", "cut", "flipped"])
+def test_checks_of_a_bucket(tmp_path, damage):
+    """The commands as they are typed, at a server that speaks S3: damage is found, named, and told by the exit code."""
+    with serve() as server:
+        store = server.s3(prefix="runs")
+        repo = Repository.create(store, codec="raw")
+        for step in range(2):
+            with repo.artifact("net").transaction() as txn:
+                txn.add_bytes("model.bin", random.Random(step).randbytes(200_000))
+                txn.add_bytes("notes.txt", b"a note")
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": server.url}
+
+        def run(*arguments):
+            command = [sys.executable, "-m", "mandapa.cli", *arguments, "--repo", "s3://bucket/runs", "--json"]
+            environment = {**os.environ, **keys, "TMPDIR": str(tmp_path)}
+            found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            assert found.stderr == ""
+            return found.returncode, json.loads(found.stdout)
+
+        assert [run("fsck", "--deep")[0], run("drill", "net", "--no-record")[0]] == [0, 0]
+        key = max(store.list("packs/"), key=lambda info: info.size).key
+        data = bytearray(store.get(key))
+        data[len(data) // 2] ^= 1
+        if damage == "lost":
+            store.delete([key])
+        else:
+            store.put(key, data if damage == "flipped" else data[: len(data) // 2])
+        code, report = run("fsck", "--deep")
+        assert code == 5
+        [hurt] = report["losses"]
+        assert (hurt["lost"], hurt["whole"]) == (["model.bin"], 1)
+        code, report = run("drill", hurt["address"])
+        assert code == 5
+        assert [one["path"] for one in report["problems"]] == ["model.bin"]
+        assert report["files"] == 1
+        assert run("drill", hurt["older"] or hurt["newer"])[0] == 0
+        assert os.listdir(tmp_path) == []

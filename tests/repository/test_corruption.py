@@ -35,6 +35,7 @@ from mandapa.format.manifest import (
     UrlRow,
     encode_node,
     node_digest,
+    zstd,
 )
 from mandapa.format.pack import HEADER, KIND_CHUNK, KIND_NODE, PackEntry, pack_footer, read_pack_table
 from mandapa.format.records import (
@@ -43,6 +44,7 @@ from mandapa.format.records import (
     Record,
     RegisterOp,
     RemoveOp,
+    RepackOp,
     Root,
     SettingsOp,
     VersionOp,
@@ -870,6 +872,20 @@ def part_that_is_not_there(forge):
     forge.store.delete([container_key(at.container)])
 
 
+@breaks("I4")
+def repack_to_a_root_that_is_not_there(forge):
+    op = forge.version(leaf("a"))
+    there = msgspec.structs.replace(op.root, object="meta/" + "0" * 32)
+    forge.record(RepackOp(0, op.root, there))
+
+
+@breaks("I4", deep=False)
+def node_that_is_none(forge):
+    raw = b"neither a leaf nor a branch"
+    name, [entry] = forge.container((zstd.compress(raw), raw, 1, KIND_NODE))
+    forge.version(NodeAddress(name, entry.offset, entry.stored, entry.hash))
+
+
 # I5
 
 
@@ -1051,7 +1067,21 @@ def pack_that_is_too_short(forge):
     forge.store.put(key, bytes(forge.store.get(key))[: chunk.offset + 3 + 47])
 
 
+@breaks("I7", hurts=False, deep=False)
+def meta_that_is_too_short(forge):
+    op = forge.version(leaf("a"))
+    data = bytes(forge.store.get(op.root.object))
+    forge.store.put(op.root.object, data[: op.root.offset + op.root.length + 47])
+
+
 # I8
+
+
+@breaks("I8")
+def delta_that_makes_other_bytes(forge):
+    pack, [base, entry] = forge.container((bytes(8), bytes(8), 0, KIND_CHUNK), (b"", b"1234", 5, KIND_CHUNK), kind="p")
+    fp32 = Chunk(0, base.offset, base.stored, base.raw, 0, base.hash)
+    forge.version(Leaf([pack], [FileRow("a", 4, 0, digest(b"1234"), (Chunk(0, entry.offset, 0, 4, 5, b"", fp32),))]))
 
 
 @breaks("I8")

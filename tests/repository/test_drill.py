@@ -15,7 +15,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from mandapa.errors import AccessDeniedError, CorruptionError, InvalidInputError, NotFoundError, StorageError
+from mandapa.errors import (
+    AccessDeniedError,
+    CorruptionError,
+    FormatVersionError,
+    InvalidInputError,
+    NotFoundError,
+    StorageError,
+)
 from mandapa.format.keys import container_key, head_key, log_key
 from mandapa.format.manifest import Leaf, NodeAddress, encode_node, node_digest
 from mandapa.format.pack import HEADER, KIND_NODE, PackEntry, pack_footer, read_pack_table
@@ -216,6 +223,16 @@ def test_a_record_with_another_digest_is_refused(store, tmp_path, folder):
     found = drill(repo["net:v2"], folder=folder)
     assert [path for path, _ in found.problems] == [""]
     assert found.files == 0
+
+
+def test_a_version_of_a_newer_mandapa_is_not_judged(tmp_path, folder):
+    """It may well be restorable, by another release."""
+    store = LocalObjectStore(tmp_path / "repo", fsync=False)
+    repo = filled(store, tmp_path)
+    op = repo["net"].artifact.state().versions[1].op
+    append(repo, "net", msgspec.structs.replace(op, requires=["telepathy"]))
+    with pytest.raises(FormatVersionError, match="telepathy"):
+        drill(repo["net:v2"], folder=folder)
 
 
 def test_a_row_with_another_digest_is_found(store, tmp_path, folder):

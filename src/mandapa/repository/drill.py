@@ -101,6 +101,7 @@ def drill(
     Raises:
         NotFoundError: The version was deleted meanwhile.
         CorruptionError: The log cannot be read.
+        FormatVersionError: The version needs a feature that this mandapa lacks.
         InvalidInputError: The store cannot be reached from another process; or two paths of the version are one on
             that disk.
         StorageError: There is not enough room; the disk, the store or the process failed: there is no verdict.

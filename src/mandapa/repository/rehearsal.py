@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
@@ -67,8 +67,6 @@ class Answer(msgspec.Struct, kw_only=True):
 
     seconds: float = 0.0
     """From the first request until the last file was written."""
-    total: float = 0.0
-    """All of it: opening, restoring, reading again, loading tensors."""
     files: int = 0
     bytes: int = 0
     urls: int = 0
@@ -107,8 +105,10 @@ class Rehearsal:
         Raises:
             NotFoundError: The version was deleted meanwhile.
             InvalidInputError: This file system cannot hold two of its paths side by side.
+            FormatVersionError: The version needs a feature that this mandapa lacks.
             StorageError: The store or the disk failed, so there is no verdict.
         """
+        self._repo.check_features(self._version.requires, self._version.address)
         start = time.perf_counter()
         try:
             self._version.restore(self._folder, progress=self._tell)
@@ -345,17 +345,15 @@ def _child(node: Leaf | Branch) -> ChildRow:
 
 def main() -> None:
     """Answer one question."""
-    start = time.perf_counter()
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a library prints is no answer
     asked = sys.stdin.buffer
     question = Question(*pickle.loads(asked.read(int.from_bytes(asked.read(8), "big"))))  # noqa: S301 - of our parent
-    threading.Thread(target=_watch, args=(asked, question.folder), daemon=True).start()
+    threading.Thread(target=_watch, args=(question.folder,), daemon=True).start()
     try:
         answer = _answer(question, _Teller(out))
     except (MandapaError, OSError) as error:
         answer = Answer(error=type(error).__name__, message=str(error))
-    answer.total = time.perf_counter() - start
     out.write(msgspec.json.encode(answer) + b"\n")
 
 
@@ -385,9 +383,9 @@ class _Teller:
                 self._done, self._told = 0, now
 
 
-def _watch(pipe: BinaryIO, folder: str) -> None:
+def _watch(folder: str) -> None:
     """When nobody waits any more, leave nothing behind."""
-    pipe.read(1)
+    os.read(0, 1)  # the question was all that comes: this ends with the pipe
     for _ in range(_TRIES):  # other threads may still make files in folders that are not gone yet
         shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):

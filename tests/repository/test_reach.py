@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -337,6 +338,44 @@ def test_bytes_that_are_no_node_are_refused(repo, store):
     for bad in (lie, beyond):
         with pytest.raises(CorruptionError):
             reach.of(address_of(bad))
+
+
+def test_a_child_of_no_bytes_is_refused(repo, store):
+    """No node is empty."""
+    leaf = Leaf([], [UrlRow("a", "s3://b", None, "")])
+    [at] = put_nodes(store, leaf)
+    other = b"m" + bytes(16)
+    empty = NodeAddress(other, 16, 0, bytes(32))
+    store.put(f"meta/{other[1:].hex()}", bytes(100))
+    rows = [child(leaf, at, path="a"), msgspec.structs.replace(child(leaf, empty, path="b"), container=1)]
+    at, top = put_nodes(store, leaf, Branch([at.container, other], 1, rows))
+    with pytest.raises(CorruptionError):
+        Reach(repo).of(address_of(top))
+
+
+def test_one_call_asks_for_few_bytes(repo, store):
+    """However many addresses name the same ones: memory is bounded by what a call may take together."""
+    asked = []
+
+    class Watching(CountingObjectStore):
+        def get_ranges(self, key, ranges):
+            asked.append((len(ranges), sum(length for _, length in ranges)))
+            return super().get_ranges(key, ranges)
+
+    size = 3 << 20
+    container = b"m" + bytes(range(16))
+    store.put(f"meta/{container[1:].hex()}", bytes(size + 16))
+    lies = [address_of(NodeAddress(container, 16, size, bytes([at]) * 32)) for at in range(20)]
+    small = [address_of(NodeAddress(container, 16, 10, bytes([at]) * 32)) for at in range(200)]
+    reach = Reach(Repository(Watching(store), threads=0))
+    reach.fetch([*lies, *small])
+    assert sum(count for count, _ in asked) == 220
+    assert max(total for _, total in asked) < 5 << 20
+    assert max(count for count, _ in asked) == 64
+    assert len(asked) <= 20 + 5
+    for root in lies + small:
+        with pytest.raises(CorruptionError):
+            reach.of(root)
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

@@ -30,7 +30,10 @@ _LEAF, _PART = 0, -1
 """Levels of nodes; a branch has its own, 1 and more."""
 
 _TOGETHER = 64
-"""Nodes of one container that are asked for in one call."""
+"""Nodes of one container that are asked for in one call, at most."""
+
+_TOGETHER_BYTES = 4 << 20
+"""Stored bytes that they take together, or one takes alone: a hostile manifest may name the same bytes many times."""
 
 _WAVE = 16_384
 """Nodes that are read before what they say is taken in."""
@@ -221,9 +224,16 @@ class Reach:
         together: defaultdict[bytes, list[tuple[bytes, NodeAddress]]] = defaultdict(list)
         for key, address in wanted:
             together[address.container].append((key, address))
-        batches = [
-            batch[start : start + _TOGETHER] for batch in together.values() for start in range(0, len(batch), _TOGETHER)
-        ]
+        batches: list[list[tuple[bytes, NodeAddress]]] = []
+        for several in together.values():
+            batches.append([])
+            size = 0
+            for one in several:
+                size += one[1].stored
+                if batches[-1] and (size > _TOGETHER_BYTES or len(batches[-1]) == _TOGETHER):
+                    batches.append([])
+                    size = one[1].stored
+                batches[-1].append(one)
 
         def load(batch: list[tuple[bytes, NodeAddress]]) -> list[_Found | Exception]:
             return _look_at(self._store, [address for _, address in batch])

@@ -110,6 +110,21 @@ def test_a_delete_after_the_fence_waits_for_the_next_one(place: Place) -> None:
     assert place.content()["a:v2"] == {"y": noise(1)}
 
 
+def test_a_version_that_came_and_went_while_it_runs_can_be_brought_back(place: Place) -> None:
+    """Its deletion is younger than the grace, though no listing has shown when that was."""
+    place.add("a", x=noise(1))
+    place.add("a", x=noise(2))
+    place.repo.artifact("a").delete(0)
+    place.wait(8)
+    steps = Collection(place.other()).steps()
+    until(steps, "chosen")
+    number = place.add("a", y=noise(1))
+    place.repo.artifact("a").delete(number)
+    list(steps)
+    place.repo.artifact("a").undelete(number)
+    assert place.content() == {"a:v1": {"x": noise(2)}, "a:v2": {"y": noise(1)}}
+
+
 def test_an_artifact_that_is_registered_while_it_runs_is_fenced(place: Place) -> None:
     """Its first commit, which was under way, meets the fence and looks at what it has put."""
     place.add("a", x=noise(1))

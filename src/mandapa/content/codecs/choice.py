@@ -49,7 +49,12 @@ _DELTA_KEPT = 0.98
 
 _NEAR = 1.2
 """A base with fewer bases below it is taken when the delta is at most this much larger than the smallest: the next
-version can then use this chunk as its own base. Best of 1.0 to 2.0 over series of 5 to 50 versions."""
+version can then use this chunk as its own base. Best of 1.0 to 1.3 over series of fine-tunings in bf16."""
+
+_STRONG = 0.65
+_NEAR_WEAK = 1.05
+"""The same where the smallest delta leaves more than `_STRONG` of what the chunk alone takes, as with fp32: the best of
+the same for weights with Adam's moments, and for EMAs, which soon stand alone again anyway."""
 
 _NUMBERS_MIN = 1 << 10
 """Below this, numbers are not looked for."""
@@ -135,7 +140,8 @@ def _dense(view: memoryview, bases: Sequence[Buffer | None]) -> tuple[Encoded | 
                 deltas.append((size, i, base))
     if deltas:
         least = min(deltas, key=lambda one: one[0])[0]
-        _, i, base = next(one for one in deltas if one[0] <= least * _NEAR)
+        near = _NEAR if least <= _size(alone) * _STRONG else _NEAR_WEAK
+        _, i, base = next(one for one in deltas if one[0] <= least * near)
         return Encoded(DELTA, encode_delta(view, base, width), i), base
     if sample is view:
         return alone, None

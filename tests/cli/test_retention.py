@@ -140,8 +140,10 @@ def test_policies_are_stored(series):
     [value] = series.json("expire", "--all", "--yes")
     assert [one["address"] for one in value["versions"]] == ["data:v0", "net:v0", "net:v1"]
     assert (value["versions"][2]["aliases"], value["versions"][2]["tags"]) == (["prod"], [])
-    series("policy", "drop", "net")
     series("policy", "drop", "--default")
+    out = series("expire", "--all").out
+    assert out == "nothing to delete: a rule keeps all 4 versions\n1 artifact without a policy: left alone\n"
+    series("policy", "drop", "net")
     assert series.json("policy", "show") == []
     assert "no policy is stored" in series.error("policy", "drop", "net", code=3)
     assert "keep-last 5" in series.error("expire", "--all", code=2)

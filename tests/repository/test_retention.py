@@ -180,6 +180,22 @@ def test_bytes_of_what_goes(repo):
     assert plan.unread == ()
 
 
+def test_a_plan_that_measures_nothing_reads_no_manifest(repo):
+    """It names the same versions; its bytes are unknown, not 0; it can be applied."""
+    for _ in range(3):
+        add(repo)
+    policy = Policy(keep_last=1)
+    measured = repo.plan_expire("m", policy=policy)
+    repo = Repository(repo.place)
+    reads = []
+    repo.place.get_ranges = lambda key, ranges: reads.append(key)
+    plan = repo.plan_expire("m", policy=policy, measure=False)
+    assert reads == []
+    assert goes(plan) == goes(measured) == [0, 1]
+    assert (plan.freed, plan.shared, plan.objects, plan.artifacts[0].goes[0].alone) == (None, None, None, None)
+    assert skipped(repo.expire(ExpirePlan.from_json(plan.to_json()))) == {0: "", 1: ""}
+
+
 def test_a_version_that_cannot_be_read_is_told(repo):
     """It does not stop a clean-up, of itself neither."""
     for _ in range(3):

@@ -99,7 +99,7 @@ def expire(
         if bool(artifacts) == every:
             raise click.UsageError("name artifacts, or say --all", context)
         repo = session.open()
-        plan = repo.plan_expire(*artifacts, policy=policy)
+        plan = repo.plan_expire(*artifacts, policy=policy, measure=not yes)
     if apply_file is not None or yes:
         done: list[Expired] = []
         whole = False
@@ -117,33 +117,36 @@ def expire(
     words += [] if policy is None else policy.words()
     go_on = shlex.join(["mandapa", "expire", *(["--apply", plan_file] if plan_file else [*words, "--yes"])])
     prices = prices_of(prices_file) or Prices.of(repo.url)
-    session.emit(_plan_value(plan, prices), lambda: _plan_text(plan, prices, go_on))
+    others = len(repo.catalog.state.names) - len(plan.artifacts) if every else 0
+    session.emit(_plan_value(plan, prices), lambda: _plan_text(plan, prices, others, go_on))
 
 
 def _plan_value(plan: ExpirePlan, prices: Prices) -> dict[str, Any]:
     import msgspec
 
-    month = prices.cost(stored=plan.freed).month
+    month = prices.cost(stored=plan.freed or 0).month
     return {**msgspec.to_builtins(plan), "requests": plan.requests, "month": month, "currency": prices.currency}
 
 
-def _plan_text(plan: ExpirePlan, prices: Prices, go_on: str) -> str:
+def _plan_text(plan: ExpirePlan, prices: Prices, others: int, go_on: str) -> str:
     lines = [_part_text(part) for part in plan.artifacts if part.goes]
     goes, stays = (sum([len(getattr(part, what)) for part in plan.artifacts]) for what in ("goes", "stays"))
-    if not goes:
-        return f"nothing to delete: a rule keeps each of {count(stays, 'version')}"
-    lines.append(f"{count(goes, 'version')} would go, {stays:,} stay; nothing was done")
-    lines.append(_freed_text(plan, prices))
-    lines.append(f"do it: {clean(go_on)}")
-    return "\n".join(lines)
+    if goes:
+        lines.append(f"{count(goes, 'version')} would go, {stays:,} stay; nothing was done")
+        lines.append(_freed_text(plan, plan.freed or 0, prices))
+    else:
+        lines.append(f"nothing to delete: a rule keeps {'the version' if stays == 1 else f'all {stays:,} versions'}")
+    if others:
+        lines.append(f"{count(others, 'artifact')} without a policy: left alone")
+    return "\n".join([*lines, f"do it: {clean(go_on)}"] if goes else lines)
 
 
-def _freed_text(plan: ExpirePlan, prices: Prices) -> str:
+def _freed_text(plan: ExpirePlan, freed: int, prices: Prices) -> str:
     """What the store would be rid of, and when."""
-    text = f"{size(plan.freed)} are theirs alone"
+    text = f"{size(freed)} are theirs alone"
     if prices.storage_gb_month:
-        text += f", {money(prices.cost(stored=plan.freed).month, prices)} a month"
-    if plan.object_bytes < plan.freed:
+        text += f", {money(prices.cost(stored=freed).month, prices)} a month"
+    if plan.object_bytes is not None and plan.object_bytes < freed:
         text += f" ({size(plan.object_bytes)} in objects that nothing else needs)"
     if plan.shared:
         text += f"; {size(plan.shared)} others need too"

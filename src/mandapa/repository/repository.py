@@ -238,15 +238,17 @@ class Repository:
         self.catalog.refresh()
         self.catalog.append(self.author.new_id().hex(), build, self.author)
 
-    def plan_expire(self, *artifacts: str, policy: Policy | None = None) -> ExpirePlan:
+    def plan_expire(self, *artifacts: str, policy: Policy | None = None, measure: bool = True) -> ExpirePlan:
         """Which versions `expire` would delete, and why the others stay. Nothing is deleted, nothing is committed.
 
         Args:
             artifacts: Names; without any, all that a policy holds for.
             policy: What stays; by default the stored policy of each artifact. What a stored policy keeps stays in any
                 case.
+            measure: Tell the bytes that only these versions need, too.
 
-        Cost: what `read_logs` costs, and with ``newer_than`` three requests to learn the store's time.
+        Cost: what `read_logs` costs, and with ``newer_than`` three requests to learn the store's time. To measure, one
+        for each manifest node that this machine has not seen, of all live versions of the repository.
 
         Raises:
             NotFoundError: There is no such artifact.
@@ -256,7 +258,7 @@ class Repository:
         """
         from mandapa.repository.retention import plan_expire
 
-        return plan_expire(self, artifacts, policy)
+        return plan_expire(self, artifacts, policy, measure=measure)
 
     def expire(self, plan: ExpirePlan) -> list[Expired]:
         """Delete what a plan names, as far as it may go by then: one commit an artifact, all of it or nothing.

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from mandapa.address import parse_address
-from mandapa.errors import FormatVersionError, InvalidInputError, MandapaError
+from mandapa.errors import FormatVersionError, InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import log_key
 from mandapa.format.records import AliasOp, DeleteOp, Op, Record, RegisterOp, RenameOp, TagOp, UndeleteOp
 from mandapa.format.strict import INT_MAX, told
@@ -47,8 +47,8 @@ class Going(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Those that are dropped with it."""
     tags: tuple[str, ...] = ()
     """Likewise: their names are never used again."""
-    alone: _Count = 0
-    """Stored bytes that no other live version reaches."""
+    alone: _Count | None = None
+    """Stored bytes that no other live version reaches; None: not measured."""
 
 
 class Staying(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -78,13 +78,13 @@ class ExpirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     repository: _Id
     artifacts: tuple[ArtifactPlan, ...]
-    freed: _Count
-    """Stored bytes that only what goes reaches: what gc and repack free in the end."""
-    shared: _Count
+    freed: _Count | None = None
+    """Stored bytes that only what goes reaches: what gc and repack free in the end. None: not measured."""
+    shared: _Count | None = None
     """Stored bytes that it reaches, and that others need which stay."""
-    objects: _Count
+    objects: _Count | None = None
     """Objects in the store that only what goes reaches, which the next gc after the grace deletes."""
-    object_bytes: _Count
+    object_bytes: _Count | None = None
     """Of ``freed``, the bytes in those."""
     unread: tuple[str, ...] = ()
     """Addresses of live versions whose manifest cannot be read: then the bytes are about right at best."""
@@ -135,32 +135,35 @@ class Expired:
     """Why it was not deleted; empty where it was."""
 
 
-def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None) -> ExpirePlan:
+def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None, *, measure: bool) -> ExpirePlan:
     """What would go; see `Repository.plan_expire`."""
     world = _World(repo)
     wanted = _wanted(world, names, policy)
     judged = {id_: _Judge(world, id_, policies) for id_, policies in wanted.items()}
     candidates = {(id_, number) for id_ in judged for number in world.facts[id_].log.state.live()}
     used = _lineage(world, judged, candidates)
-    # What the logs said when they were read is what is judged: measuring may read them on.
     drafts = [_draft(judge, judge.kept(judge.fact.log.state, used.get(id_, {}))) for id_, judge in judged.items()]
-    going = {(draft.artifact, one.version) for draft in drafts for one in draft.goes}
-    found = freed(repo, list(world.facts.values()), going)
-    parts = [
-        replace(
-            part,
-            goes=tuple([replace(one, alone=found.alone.get((part.artifact, one.version), 0)) for one in part.goes]),
-        )
-        for part in drafts
-    ]
-    return ExpirePlan(
-        repository=repo.id,
-        artifacts=tuple(sorted(parts, key=lambda part: part.name)),
+    plan = ExpirePlan(repository=repo.id, artifacts=tuple(sorted(drafts, key=lambda part: part.name)))
+    # What the logs said when they were read is what was judged: measuring may read them on.
+    return _measured(world, plan) if measure else plan
+
+
+def _measured(world: _World, plan: ExpirePlan) -> ExpirePlan:
+    """A plan with its bytes."""
+    going = {(part.artifact, one.version) for part in plan.artifacts for one in part.goes}
+    found = freed(world.repo, list(world.facts.values()), going)
+    parts = []
+    for part in plan.artifacts:
+        goes = [replace(one, alone=found.alone.get((part.artifact, one.version), 0)) for one in part.goes]
+        parts.append(replace(part, goes=tuple(goes)))
+    return replace(
+        plan,
+        artifacts=tuple(parts),
         freed=found.bytes,
         shared=found.shared,
         objects=found.objects,
         object_bytes=found.object_bytes,
-        unread=tuple(f"{_name(world.facts[id_])}:v{number}" for id_, number in found.unread),
+        unread=tuple([f"{_name(world.facts[id_])}:v{number}" for id_, number in found.unread]),
     )
 
 
@@ -383,6 +386,8 @@ def _wanted(world: _World, names: Sequence[str], policy: Policy | None) -> dict[
     for name in dict.fromkeys(names) or sorted(current):
         world.repo.artifact(name)  # a name that no artifact can have is told as such
         if name not in current:
+            if name in world.repo.catalog.state.names:
+                raise NotFoundError(f"the artifact {name!r} was removed")
             raise world.repo.no_artifact(name)
         policies = _policies(world, current[name], policy)
         if policies:

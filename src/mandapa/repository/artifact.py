@@ -495,7 +495,9 @@ class _Revival:
         except NotFoundError as error:
             raise NotFoundError(f"{version.address} cannot be brought back: its bytes are gone ({error})") from error
         if condemned_or_missing(repo.store, containers, threads=repo.threads):
-            raise NotFoundError(f"{version.address} cannot be brought back: a gc has taken some of its bytes")
+            raise NotFoundError(
+                f"{version.address} cannot be brought back: a clean-up has taken some of its bytes, or is about to"
+            )
 
 
 def _fingerprint(tree: Tree, path: str) -> object:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from mandapa.errors import AlreadyExistsError, StorageError
+from mandapa.errors import AlreadyExistsError, NotFoundError, StorageError
 from mandapa.repository import gc as gc_module
 from mandapa.repository.gc import Collection
 from mandapa.repository.log import Author
@@ -108,6 +108,20 @@ def test_a_delete_after_the_fence_waits_for_the_next_one(place: Place) -> None:
     assert place.store.keys("packs/") == before
     place.repo.artifact("a").undelete(number)
     assert place.content()["a:v2"] == {"y": noise(1)}
+
+
+def test_undelete_of_what_is_condemned_says_so(place: Place) -> None:
+    """While the clean-up is under way, and when it is over."""
+    place.add("a", x=noise(1))
+    place.add("a", x=noise(2))
+    place.repo.artifact("a").delete(0)
+    steps = collection(place, 7)
+    until(steps, "listed")
+    with pytest.raises(NotFoundError, match="a:v0 cannot be brought back: a clean-up has taken .* or is about to"):
+        place.repo.artifact("a").undelete(0)
+    list(steps)
+    with pytest.raises(NotFoundError, match="a:v0 cannot be brought back"):
+        place.other().artifact("a").undelete(0)
 
 
 def test_a_version_that_came_and_went_while_it_runs_can_be_brought_back(place: Place) -> None:

@@ -16,6 +16,7 @@ from mandapa.repository.fsck import fsck
 from mandapa.repository.policy import Policy
 from mandapa.repository.repository import Repository
 from mandapa.repository.retention import ExpirePlan
+from mandapa.testing.faults import CountingObjectStore
 
 
 @pytest.fixture
@@ -194,6 +195,28 @@ def test_a_plan_that_measures_nothing_reads_no_manifest(repo):
     assert goes(plan) == goes(measured) == [0, 1]
     assert (plan.freed, plan.shared, plan.objects, plan.artifacts[0].goes[0].alone) == (None, None, None, None)
     assert skipped(repo.expire(ExpirePlan.from_json(plan.to_json()))) == {0: "", 1: ""}
+
+
+def test_what_it_costs(store, tmp_path):
+    """A known repository: a listing and the catalog to plan; two requests for each artifact that something goes of."""
+    repo = Repository.create(store, cache_dir=tmp_path, threads=0)
+    for name in ("m", "n", "o"):
+        for _ in range(3 if name != "o" else 1):
+            add(repo, name)
+    repo.set_policy(None, Policy(keep_last=1))
+    repo.plan_expire()
+    counting = CountingObjectStore(store)
+    repo = Repository(counting, cache_dir=tmp_path, threads=0)
+    counting.requests.clear()
+    plan = repo.plan_expire()
+    planning = dict(counting.requests)
+    assert (planning.pop("list"), sum(planning.values())) == (1, 1)
+    counting.requests.clear()
+    repo.expire(plan)
+    applying = dict(counting.requests)
+    assert plan.requests == 4
+    assert (applying.pop("create"), applying.pop("head"), applying.pop("list")) == (2, 2, 1)
+    assert sum(applying.values()) <= 1 + 2  # the catalog; and heads, which are a cache
 
 
 def test_a_version_that_cannot_be_read_is_told(repo):

@@ -135,7 +135,7 @@ class Expired:
     """Why it was not deleted; empty where it was."""
 
 
-def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None, *, measure: bool) -> ExpirePlan:
+def plan_expire(repo: Repository, names: Sequence[str], policy: Policy | None, *, measure: bool = True) -> ExpirePlan:
     """What would go; see `Repository.plan_expire`."""
     world = _World(repo)
     wanted = _wanted(world, names, policy)

@@ -69,6 +69,15 @@ def test_a_drill_names_what_differs(big):
     assert big.json("show", "big")[0]["facts"] == {}
 
 
+def test_a_failed_drill_says_when_it_last_went_well(big):
+    """What was proven once stays a fact, and is told beside the damage."""
+    proven = big.json("drill", "big")[0]["at"]
+    spoil(largest(big))
+    out = big("drill", "big", code=5).out.splitlines()
+    assert out[-1] == f"last proven restorable: {proven}"
+    assert big.json("show", "big")[0]["facts"]["restored_at"] == proven
+
+
 def test_a_drill_of_all(big):
     """Every artifact's newest version, whatever becomes of the others; 5 when one is hurt."""
     out = big("drill", "--all", "--no-record").out.splitlines()

@@ -13,7 +13,7 @@ import click
 from mandapa.cli.failure import exit_code
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
-from mandapa.cli.text import clean, count, size, table
+from mandapa.cli.text import clean, count, size, table, value
 from mandapa.cli.text import time as utc
 from mandapa.errors import AccessDeniedError, CorruptionError, InvalidInputError, MandapaError, NotFoundError
 
@@ -207,6 +207,8 @@ def _drilled_text(drilled: Drilled) -> str:
     if lines:
         lines.insert(0, f"{address} cannot be restored in full: {count(len(drilled.problems), 'problem')}")
         lines.append(f"what is whole: {speed}")
+        if proven := drilled.version.facts.get("restored_at"):
+            lines.append(f"last proven restorable: {value(proven)}")
     else:
         lines.append(f"{address} is restorable: {speed}, read again and compared")
     if drilled.urls:

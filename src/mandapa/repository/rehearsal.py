@@ -120,7 +120,8 @@ class Rehearsal:
 
     def _problem(self, path: str, problem: object) -> None:
         self._bad.add(path)
-        self.answer.problems.append((path, str(problem)))
+        text = str(problem).removeprefix(f"{self._version.address}: ").removeprefix(f"{path}: ")
+        self.answer.problems.append((path, text))
 
     # -- what is left of a damaged version ----------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ def _range(data: memoryview, one: _Range, key: str) -> Iterator[Flaw]:
         elif digest(decode(one.codec, stored, one.raw)) != one.hash:
             yield Flaw(one.offset, f"{key}: the chunk at {one.offset} is not what was stored")
     except (CorruptionError, FormatVersionError) as error:
-        yield Flaw(one.offset, f"{key}: the {'chunk' if one.raw else 'node'} at {one.offset}: {error}")
+        yield Flaw(one.offset, f"{key}: the chunk at {one.offset}: {error}" if one.raw else str(error))
 
 
 def _deltas(store: ObjectStore, pieces: set[Piece]) -> Iterator[Flaw]:

@@ -244,8 +244,11 @@ class _Download:
             for located, target in self._different(group):
                 row = target.row
                 if row.size == 0:
-                    self._begin(target)
-                    self._finish(target)
+                    try:
+                        self._begin(target)
+                        self._finish(target)
+                    except OSError as error:
+                        raise explain_write(error, f"{target.folder.path}/{target.name}") from error
                     continue
                 try:
                     pieces = list(pieces_of(located, self._load))

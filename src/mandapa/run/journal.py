@@ -298,26 +298,42 @@ class Journal:
         """The number of the last line."""
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, reader.end)
+        self._torn = False
 
     def append(self, line: msgspec.Struct, *, durable: bool = False) -> None:
         """Write a line whose number is `last` + 1; with ``durable`` it is on the disk when this returns.
 
         Raises:
-            StorageError: The disk is full or fails; nothing was written.
+            StorageError: The disk is full or fails; the line counts as not written, or, where the disk refuses even to
+                take it back, may be read.
         """
         data = seal(line)
         if len(data) > LINE_MAX:
             raise StorageError(f"{self.path}: a line of {len(data):,} bytes; {LINE_MAX:,} at most")
-        before = os.fstat(self._fd).st_size
         try:
-            if os.write(self._fd, data) != len(data):
-                raise OSError(errno.ENOSPC, "the disk is full")
-            if durable:
-                os.fsync(self._fd)
+            before = os.fstat(self._fd).st_size
+            if self._torn:
+                data = b"\n" + data  # ends what could not be cut off
+            try:
+                if os.write(self._fd, data) != len(data):
+                    raise OSError(errno.ENOSPC, "the disk is full")
+                if durable:
+                    os.fsync(self._fd)
+            except OSError:
+                self._cut(before)
+                raise
         except OSError as error:
-            os.ftruncate(self._fd, before)
             raise StorageError(f"{self.path} cannot be written: {error.strerror}", retryable=True) from error
+        self._torn = False
         self.last += 1
+
+    def _cut(self, size: int) -> None:
+        """Take away what was written of a line; where the disk refuses that too, its number is not used again."""
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError:
+            self._torn = True
+            self.last += 1
 
     def sync(self) -> None:
         """Everything appended so far survives the machine's restart when this returns."""

@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
-from mandapa.errors import ConflictError, CorruptionError, InvalidInputError, NotFoundError
-from mandapa.format.keys import container_key
+from mandapa.content.edit import edit_tree
+from mandapa.content.index import Index
+from mandapa.content.upload import Upload
+from mandapa.digest import hexdigest
+from mandapa.errors import ConflictError, CorruptionError, FormatVersionError, InvalidInputError, NotFoundError
+from mandapa.format.keys import container_key, log_key
+from mandapa.format.records import FenceOp, Record, Root, VersionOp, encode_record
 from mandapa.object_store import MemoryObjectStore
 from mandapa.repository.fsck import fsck
+from mandapa.repository.gc import Collection
 from mandapa.repository.log import Author
 from mandapa.repository.replay import ORIGIN
 from mandapa.repository.repository import Repository
+from mandapa.repository.version import address_of, root_of
 
 sys.path.insert(0, os.path.dirname(__file__))
-from mirroring import check, commit, reopened, repository, says
+from mirroring import check, commit, reopened, repository, says, whole
 
 
 @pytest.fixture
@@ -251,3 +259,125 @@ def test_damage_in_the_source_is_not_copied(source):
     assert key in str(bad.error)
     assert [version.number for version in destination.artifact("net").versions()] == [0, 1, 3]
     assert fsck(reopened(destination), deep=True).findings == []
+
+
+def deceive(repo: Repository, name: str, **changes: object) -> None:
+    """The next record of an artifact: a version like its last one, with other words in its record."""
+    log = repo.artifact(name).open_log()
+    op = log.records[-1].find(VersionOp)
+    new = msgspec.structs.replace(op, number=op.number + 1, **changes)
+    log.append(repo.author.new_id().hex(), lambda _: [new], repo.author)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"digest": "ab" * 32}, CorruptionError, "something else than its record says"),
+        ({"requires": ["quantum"]}, FormatVersionError, "needs quantum"),
+        ({"root": Root(f"meta/{'ab' * 16}", 16, 99, "ab" * 32)}, CorruptionError, "meta/abab"),
+    ],
+)
+def test_a_source_that_lies(source, changes, error, says):
+    """A record that its manifest does not bear out is not told; what was before it stays, the others are mirrored."""
+    commit(source, "net", more=b"1")
+    deceive(source, "net", **changes)
+    destination = repository()
+    [bad] = [one for one in source.mirror(destination).artifacts if one.error is not None]
+    assert isinstance(bad.error, error)
+    assert says in str(bad.error)
+    assert destination.artifact("net").state().next_number == 5
+    assert destination["empty"].digest == source["empty"].digest
+    whole(destination)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_is_a_folder(source, first):
+    """A manifest that no reader could restore is not made again elsewhere."""
+    destination = repository()
+    if not first:
+        commit(source, "bad", d=b"1")
+        source.mirror(destination)
+    log = source.register("bad")
+    root = log.refresh().versions[0].root if log.refresh().versions else None
+    with Upload(source.store, index=Index(None)) as upload:
+        rows = {path: upload.add_bytes(path, b"1") for path in ("d", "d/x")}
+        made = edit_tree(source.reader, upload, None if root is None else root_of(root), rows)
+        upload.flush()
+    op = VersionOp(
+        number=log.state.next_number,
+        parent=None,
+        root=address_of(made.address),
+        digest=made.digest.hex(),
+        assets=made.assets,
+        bytes=made.size,
+        added=0,
+    )
+    log.append(source.author.new_id().hex(), lambda _: [op], source.author)
+    [bad] = [one for one in source.mirror(destination).artifacts if one.error is not None]
+    assert "'d' is a file and a folder" in str(bad.error)
+    assert isinstance(bad.error, CorruptionError)
+    whole(destination)
+
+
+def test_a_log_of_a_newer_mandapa(source):
+    """Its ops cannot be told: the artifact is left alone, and said to need a newer mandapa."""
+    log = source.artifact("net").open_log()
+    data = encode_record(
+        Record(
+            seq=len(log.records),
+            txn="ab" * 16,
+            prev=log.records[-1].seal,
+            at="2027-01-01T00:00:00Z",
+            by="new",
+            ops=(FenceOp("e"),),
+        )
+    )
+    body = data[:-78].replace(b'{"op":"fence","epoch":"e"}', b'{"op":"sparkle","optional":true}')
+    sealed = body + b',"blake3":"' + hexdigest(body).encode() + b'"}\n'
+    source.place.create(log_key(log.id, len(log.records)), sealed)
+    destination = repository()
+    [bad] = [one for one in reopened(source).mirror(destination).artifacts if one.error is not None]
+    assert isinstance(bad.error, FormatVersionError)
+    assert [artifact.name for artifact in destination.artifacts()] == ["empty"]
+
+
+def test_a_damaged_log_stops_its_artifact_alone(source):
+    """The others are mirrored."""
+    log = source.artifact("net").open_log()
+    source.place.put(log_key(log.id, 1), b"not a record")
+    source.place.delete([f"head/{log.id}"])
+    destination = repository()
+    [bad] = [one for one in reopened(source).mirror(destination).artifacts if one.error is not None]
+    assert (bad.artifact, type(bad.error)) == ("net", CorruptionError)
+    assert [artifact.name for artifact in destination.artifacts()] == ["empty"]
+
+
+def test_progress_and_being_stopped(source):
+    """Each object that is put is told; what the callback raises stops all of it, and the next call goes on."""
+    destination = repository()
+    told: list[int] = []
+    done = source.mirror(destination, progress=told.append)
+    assert sum(told) == done.added
+    commit(source, "net", a=np.random.default_rng(0).bytes(100_000))
+
+    class StopError(Exception):
+        pass
+
+    def stop(_: int) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        source.mirror(destination, progress=stop)
+    assert destination.artifact("net").state().next_number == 4
+    assert source.mirror(destination).ok
+    check(source, destination)
+
+
+def test_hidden_versions_are_no_burden(source):
+    """Neither a clean-up with any grace, nor bringing back what is whole, minds them; expire goes on around them."""
+    destination = repository()
+    source.mirror(destination)
+    for grace in (0, 60, 7 * 86_400):
+        for _ in Collection(reopened(destination), grace=grace).steps():
+            pass
+    check(source, destination)

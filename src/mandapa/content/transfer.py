@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, cast
@@ -77,16 +77,20 @@ class Transfer:
         progress: Callable[[int], None] | None = None,
     ) -> None:
         self._origin = origin
-        self._put = _Acknowledged(store)
         # Of a store a packer only asks to put.
-        self._packer = Packer(cast("ObjectStore", self._put), link=link, threads=threads, new_id=new_id)
+        noting = cast("ObjectStore", _Noting(store, self._note))
+        self._packer = Packer(noting, link=link, threads=threads, new_id=new_id)
         self._packer.progress = progress
         self._placer = Placer(store, self._packer, index, mode="raw", link=link, cache=None, threads=0)
         self._nodes = nodes
         self._rows = RowMaker(self._packer, index, nodes)
         self._journal = _Journal(index, journal)
         self._known = {piece.hash: piece for piece in self._journal.read()}
+        self._lock = threading.Lock()
         self._pending: list[Chunk] = []
+        """Chunks that the journal does not know: something that they need is on its way."""
+        self._there: set[str] = set()
+        """Keys of containers that were acknowledged."""
 
     @property
     def hits(self) -> set[bytes]:
@@ -145,7 +149,6 @@ class Transfer:
     def flush(self) -> None:
         """Close the open containers and wait until every put is acknowledged; raises the first error of any."""
         self._packer.flush()
-        self._note()
 
     def forget(self, bad: Collection[bytes]) -> None:
         """Find nothing in these containers any more: a gc has listed them, or they are gone."""
@@ -155,7 +158,6 @@ class Transfer:
         """Drop what is not flushed, wait for puts under way, release threads and memory. Any number of times."""
         self._placer.close()
         self._packer.close()
-        self._note()
 
     def __enter__(self) -> Transfer:
         return self
@@ -240,7 +242,6 @@ class Transfer:
             for wave, answers in fly(waves, lambda wave, request: wave.fetch(request), pool, most=origin.threads):
                 for piece, stored in zip(wave.pieces, wave.in_order(answers), strict=True):
                     self._store(piece, stored)
-                self._note()
         finally:
             if pool is not None:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -253,25 +254,25 @@ class Transfer:
         number, offset = self._packer.add_chunk(stored, piece.raw, piece.codec, piece.hash)
         self._placer.codecs.add(piece.codec)
         chunk = Chunk(number, offset, len(stored), piece.raw, piece.codec, b"", base)
-        self._pending.append(Chunk(*_place(chunk), piece.hash, base))
+        with self._lock:
+            self._pending.append(Chunk(*_place(chunk), piece.hash, base))
         old = self.depth(piece.hash)
         if old is None or len(chunk.numbers()) < old:
             self._placer.placed[piece.hash] = chunk
 
-    def _note(self) -> None:
-        """Remember the chunks whose containers were acknowledged by now."""
+    def _note(self, key: str) -> None:
+        """An object was acknowledged: remember the chunks that have all that they need by now. In any thread."""
         table, fresh = self._packer.table, self._packer.fresh
-        if not self._put.news():
-            return
-        done: list[Chunk] = []
-        rest: list[Chunk] = []
-        for chunk in self._pending:
-            names = [table[number] for number in chunk.numbers()]
-            sound = all(name not in fresh or container_key(name) in self._put.keys for name in names)
-            (done if sound else rest).append(chunk)
-        self._pending = rest
-        if done:
-            self._journal.add(done, table)
+        with self._lock:
+            self._there.add(key)
+            done: list[Chunk] = []
+            rest: list[Chunk] = []
+            for chunk in self._pending:
+                names = fresh.intersection([table[number] for number in chunk.numbers()])
+                (done if self._there.issuperset(map(container_key, names)) else rest).append(chunk)
+            self._pending = rest
+            if done:
+                self._journal.add(done, table)
 
 
 class _Coming:
@@ -342,24 +343,16 @@ class _Journal:
         return digest(b"mandapa journal 1\n" + self._name + self._count.to_bytes(8, "little"))
 
 
-class _Acknowledged:
-    """A store to put objects into, which knows what it has acknowledged."""
+class _Noting:
+    """A store to put objects into, which tells of each that was acknowledged."""
 
-    def __init__(self, store: ObjectStore) -> None:
+    def __init__(self, store: ObjectStore, note: Callable[[str], None]) -> None:
         self._store = store
-        self._new: deque[str] = deque()
-        self.keys: set[str] = set()
-
-    def news(self) -> bool:
-        """Take note of what came since the last call; whether there is any."""
-        before = len(self.keys)
-        while self._new:
-            self.keys.add(self._new.popleft())
-        return len(self.keys) > before
+        self._note = note
 
     def put(self, key: str, data: Buffer) -> None:
         self._store.put(key, data)
-        self._new.append(key)
+        self._note(key)
 
 
 def _place(chunk: Chunk) -> tuple[int, int, int, int, int]:

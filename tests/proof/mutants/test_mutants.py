@@ -6,154 +6,26 @@ end with a broken promise - else the story proves nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from random import Random
 
 import pytest
 from msgspec.structs import replace
-from prooflib.hooks import HookedObjectStore
 from prooflib.repacking import repack
+from prooflib.stories import KEPT, OLD, TXN, Rule, Rules, Stage, contents, ends_badly, ends_well
 
 from mandapa.errors import AlreadyExistsError, ConflictError, CorruptionError, NotFoundError, StorageError
 from mandapa.format.manifest import Part
 from mandapa.format.records import decode_record, encode_record
-from mandapa.object_store.memory import MemoryObjectStore
 from mandapa.repository import artifact, packs, transaction
-from mandapa.repository.fsck import fsck
-from mandapa.repository.gc import Collection
 from mandapa.repository.log import Author, Log
 from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState
 from mandapa.repository.transaction import Transaction
-from mandapa.repository.version import Version
 from mandapa.testing.faults import Crash
 
-TXN = "ab" * 16
-KEPT = b"what stays"
-
-
-def many_tensors() -> bytes:
-    """A safetensors file of so many chunks that their list stands in parts, nodes of their own."""
-    size = 65_536
-    at = [(n * size, n * size + size) for n in range(80)]
-    tensors = {f"t{n:02}": {"dtype": "U8", "shape": [size], "data_offsets": at[n]} for n in range(80)}
-    header = json.dumps(tensors).encode()
-    return len(header).to_bytes(8, "little") + header + b"".join(bytes([n % 3]) * size for n in range(80))
-
-
-OLD = {"small": b"what an old version held", "large": many_tensors()}
-
-
-class BrokenPromise(AssertionError):
-    """What the rule is there to prevent."""
-
-
-class Stage:
-    """One store; the writer of the story sees it through hooks, others as it is."""
-
-    def __init__(self, folder: Path, old: bytes) -> None:
-        self.old = old
-        """What an old version held, and the writer puts again."""
-        self.memory = MemoryObjectStore()
-        self.store = HookedObjectStore(self.memory)
-        self.random = Random(1)
-        self.file = folder / "file"
-        self.file.write_bytes(old)
-        self.others = Repository.create(self.memory, threads=0, author=self.author("others"))
-        self.told: list[tuple[str, str, dict[str, bytes]]] = []
-        self.epilogue: list[Callable[[], object]] = []
-
-    def author(self, by: str) -> Author:
-        noon = datetime(2027, 1, 1, tzinfo=UTC)
-        return Author(by, random=Random(self.random.random()), clock=lambda: noon, sleep=lambda _: None)
-
-    def process(self, cache: Path | None = None) -> Repository:
-        """A new process of the writer."""
-        return Repository(self.store, cache_dir=cache, threads=0, author=self.author("writer"))
-
-    def has(self, name: str, **content: bytes) -> None:
-        """Another process, that knows nothing of what is stored, makes a version that holds exactly this."""
-        repo = Repository(self.memory, threads=0, author=self.author("another"))
-        with repo.artifact(name).transaction("by others", base=None) as txn:
-            for path, data in content.items():
-                txn.add_bytes(path, data)
-
-    def commit(self, repo: Repository, name: str = "a", **files: bytes) -> None:
-        """The writer adds the file (as ``new``) on top of the base, and is told that it is done."""
-        with repo.artifact(name).transaction("by the writer", txn_id=TXN) as txn:
-            txn.add(self.file, at="new")
-        self.told.append((name, TXN, {"new": self.old, **files}))
-
-    def gc(self) -> None:
-        self.others.gc(grace=0)
-
-    def gc_until(self, step: str) -> Callable[[], None]:
-        """A gc that pauses after a step; gives what makes it go on to its end."""
-        steps = Collection(self.others, grace=0).steps()
-        while (done := next(steps)) != step:
-            assert done != "nothing to do"
-
-        def go_on() -> None:
-            for _ in steps:
-                pass
-
-        return go_on
-
-    def check(self) -> None:
-        """The repository is whole, and what the writer was told is true."""
-        assert not self.store.waiting, "the story did not come to its point"
-        for event in self.epilogue:
-            event()
-        repo = Repository(self.memory, threads=0)
-        report = fsck(repo, deep=True)
-        if not report.ok:
-            raise BrokenPromise(str(report.findings))
-        for name, txn, content in self.told:
-            log = repo.artifact(name).open_log()
-            made = log.find(txn)
-            if made is None:
-                raise BrokenPromise("an acknowledged version is not there")
-            version = repo.artifact(name).version(made.ops[0].number)
-            if _content(version) != content:
-                raise BrokenPromise("a version holds something else than was meant")
-
-
-def _content(version: Version) -> dict[str, bytes]:
-    found = {}
-    for path in version.assets:
-        with version.open(path) as file:
-            found[path] = file.read()
-    return found
-
-
-@dataclass
-class Rule:
-    """A rule, the story that needs it, and what the code would be without it."""
-
-    name: str
-    story: Callable[[Stage], None]
-    size: str
-    switch_off: Callable[[pytest.MonkeyPatch], None]
-
-
-RULES: list[Rule] = []
-
-
-def rule(
-    story: Callable[[Stage], None], *sizes: str
-) -> Callable[[Callable[[pytest.MonkeyPatch], None]], Callable[[pytest.MonkeyPatch], None]]:
-    """Mark a function that switches a rule off, which ``story`` needs, whether what it is about is small or large."""
-
-    def note(switch_off: Callable[[pytest.MonkeyPatch], None]) -> Callable[[pytest.MonkeyPatch], None]:
-        RULES.extend(Rule(switch_off.__name__, story, size, switch_off) for size in sizes or OLD)
-        return switch_off
-
-    return note
+rule = Rules()
 
 
 def lost() -> StorageError:
@@ -275,7 +147,7 @@ def a_hit_is_gone(stage: Stage) -> None:
 def _remembers_a_deleted_version(stage: Stage) -> Repository:
     stage.has("a", old=stage.old)
     repo = stage.process()
-    assert _content(repo["a:v0"]) == {"old": stage.old}
+    assert contents(repo["a:v0"]) == {"old": stage.old}
     stage.has("a", keep=KEPT)
     stage.others.artifact("a").delete(0)
     return repo
@@ -366,7 +238,7 @@ def what_is_found_instead_is_condemned(stage: Stage) -> None:
     def meanwhile(_: object) -> None:
         repo.index.flush()
         neighbour = stage.process(cache)
-        assert _content(neighbour["b:v0"]) == {"old": stage.old}
+        assert contents(neighbour["b:v0"]) == {"old": stage.old}
         neighbour.index.close()
         stage.others.artifact("a").delete(0)
         stage.gc()
@@ -658,25 +530,16 @@ def no_readback(patch: pytest.MonkeyPatch) -> None:
 # -- and now ----------------------------------------------------------------------------------------------------------
 
 
-each_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.name}-{rule.size}")
-
-
-@each_rule
+@rule.each()
 def test_with_the_rule_the_story_ends_well(rule: Rule, tmp_path: Path) -> None:
     """Acknowledged means there, whole, once; whatever the store and the others did."""
-    stage = Stage(tmp_path, OLD[rule.size])
-    rule.story(stage)
-    stage.check()
+    ends_well(rule, tmp_path)
 
 
-@each_rule
+@rule.each()
 def test_without_the_rule_a_promise_is_broken(rule: Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is needed, and the story shows it."""
-    stage = Stage(tmp_path, OLD[rule.size])
-    rule.switch_off(monkeypatch)
-    rule.story(stage)
-    with pytest.raises(BrokenPromise):
-        stage.check()
+    ends_badly(rule, tmp_path, monkeypatch)
 
 
 def test_a_fixed_base_that_is_swept_is_refused(tmp_path: Path) -> None:

@@ -312,7 +312,7 @@ class Repository:
         """Delete what nothing reaches, and store anew what is needed of packs that are half dead.
 
         Safe beside writers, readers, and other clean-ups: what comes into use while it runs stays. Nothing is written
-        when nothing can go. Killed, it leaves a valid repository; the next one starts over. What is stored anew is a later
+        when nothing can go. Killed, it leaves a valid repository; the next one starts over. Emptied packs are a later
         clean-up's to free.
 
         Cost: that of `plan_gc`; then, for each 65,536 objects that go, one put for each artifact, a few more requests

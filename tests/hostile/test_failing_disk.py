@@ -7,6 +7,7 @@ import importlib
 import os
 import random
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from failing_disk import FailingDisk
 import mandapa
 from mandapa import CheckpointSaver, Run
 from mandapa.content.cache import ChunkCache
+from mandapa.content.index import Index
 from mandapa.digest import digest
 from mandapa.errors import AccessDeniedError, StorageError
 from mandapa.loggers import FileLogger, ObjectStoreLogger, TensorboardLogger
 from mandapa.object_store import LocalObjectStore
+from mandapa.repository.shelf import Shelf
 from mandapa.run.directory import RunDirectory, read_json, write_json
 from mandapa.run.journal import ENTRIES, CommitEntry, Journal, JournalReader
 from mandapa.run.staging import Staging
@@ -366,3 +369,64 @@ def test_an_uploader_whose_disk_fails_once_loses_nothing(
     version = mandapa.open(place / "repo")["net"]
     assert len(script.held) == 8
     assert {path: version.open(path).read() for path in script.held} == script.held
+
+
+@pytest.fixture
+def small_disk(place: Path) -> Iterator[Path]:
+    """A file system of 2 MB in memory."""
+    disk = place / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs", str(disk)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True, timeout=20)
+
+
+def test_what_is_kept_on_a_full_disk_is_right_or_not_there(small_disk: Path, tmp_path: Path) -> None:
+    """Databases of SQLite, which no call of ours writes: full in the middle, they answer right or not at all."""
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+    found = file.stat()
+    rng = random.Random(5)
+    index, shelf = Index(small_disk, repository="r", url="u"), Shelf(small_disk, "nodes", repository="r", url="u")
+    index.remember_file(str(file), found, digest(b"first"), found.st_ctime_ns + 10**12)
+    index.flush()
+    shelf.write(shelf.read(), {b"first": b"1" * 1000})
+    rows: dict[bytes, bytes] = {b"first": b"1" * 1000}
+    for n in range(60):
+        more = {rng.randbytes(16): rng.randbytes(100_000) for _ in range(2)}
+        rows |= more
+        shelf.write(shelf.read(), more)
+        for at in range(1000):
+            index.remember_file(f"/{n}/{at}/{'x' * 50}", found, digest(b"more"), found.st_ctime_ns + 10**12)
+        index.flush()
+        kept = shelf.read().rows
+        assert {key: rows[key] for key in kept} == kept
+        assert index.known_file(str(file), found) in (None, digest(b"first"))
+    assert os.statvfs(small_disk).f_bavail < 500  # of 4 KiB: it is full
+    index.close()
+    for path in small_disk.iterdir():
+        path.unlink()
+    index = Index(small_disk, repository="r", url="u")
+    index.remember_file(str(file), found, digest(b"again"), found.st_ctime_ns + 10**12)
+    index.close()
+    assert Index(small_disk, repository="r", url="u").known_file(str(file), found) == digest(b"again")
+
+
+def test_a_chunk_on_a_full_disk_is_not_kept(small_disk: Path) -> None:
+    """Not half of it either; and when there is room, it is."""
+    now = [1e9]
+    (small_disk / "filler").write_bytes(bytes(1 << 20))
+    cache = ChunkCache(small_disk / "chunks", 1 << 30, clock=lambda: now[0])
+    chunk = os.urandom(600_000)
+    for _ in range(3):
+        cache.put(digest(chunk), chunk)
+        assert cache.get(digest(chunk)) in (None, chunk)
+        now[0] += 1000
+    (small_disk / "filler").unlink()
+    small = os.urandom(70_000)
+    ChunkCache(small_disk / "other", 1 << 23, clock=lambda: now[0]).put(digest(small), small)
+    assert list((small_disk / "chunks").rglob("*.tmp")) == []

@@ -129,6 +129,17 @@ SHAPES = [
     "hub.auth.token=«" + ALNUM[:12] + "»",
     "model={api_key:«hunter2»,lr:1}",
     "next%3D«ghp_" + ALNUM[:36] + "»",
+    "amqps://me:«hunter2»@mq.example.com/vhost",
+    "mongodb+srv://me:«hunter2»@cluster0.example.net/db?retryWrites=true",
+    "mysql://root:«p4ss»@127.0.0.1:3306/db",
+    "https://a.blob.core.windows.net/c?se=2026-12-01T00%3A00Z&sp=rl&sv=2024-11-04&sr=c&sig=«" + ALNUM[:43] + "%3D»",
+    "SharedAccessSignature sr=x&sig=«" + ALNUM[:43] + "%3D»&se=17",
+    "HF_TOKEN=«abc» WANDB_API_KEY=<none> python train.py",
+    "curl -u 'me:x' -H 'X-Api-Key: «hunter2»' https://example.com",
+    'curl -H "Private-Token: «' + ALNUM[:20] + '»" https://gitlab.example.com',
+    "x-amz-security-token: «" + ALNUM + "»",
+    "error: https://b.s3.amazonaws.com/k?X-Amz-Security-Token=«" + ALNUM + "»&X-Amz-Date=1",
+    "aws_secret_access_key = «" + ALNUM[:40] + "»",
 ]
 
 KEPT = [
@@ -189,6 +200,18 @@ KEPT = [
     None,
     b"bytes",
     (1, "a", None),
+    {"token_embedding": 4096, "max_tokens": 8192, "secret_santa_prob": 0.1, "tokenizer_path": "/data/tok.json"},
+    {"password_entropy_bits": 80, "key_value_heads": 8, "n_kv_heads": 8, "num_key_value_heads": 8, "qk_norm": True},
+    {"author": "me", "auth_weight": 0.1, "patience": 3, "path": "/x", "pattern": "*.pt", "dispatch": "sync"},
+    "blake3:" + HEX,
+    'etag:"' + HEX[:32] + '-16"',
+    "s3://bucket/checkpoints/step-2000/model-00001-of-00002.safetensors",
+    "gs://bucket/" + HEX[:40] + "/data.bin",
+    "SGVsbG8sIGhhbGwh",  # base64 of small data
+    "run-" + HEX[:8] + "-lr0.1-wd0.01",
+    "resnet-7:best~1/checkpoint/model.safetensors",
+    "wandb/run-20261127_221500-a1b2c3d4/files",
+    "v1.2.3+cu121",
 ]
 
 

@@ -208,8 +208,8 @@ class CloudObjectStore:
         place, _, key = url.removeprefix(f"{self._scheme}://").partition("/")
         if not url.startswith(f"{self._scheme}://") or not place or not key:
             return None
-        other = type(self)(place, "", **self._options)
         try:
+            other = type(self)(place, "", **self._options)
             with other._asking("look for", key) as client:  # noqa: SLF001 - a sibling
                 meta = obstore.head(client, key)
         except MandapaError:

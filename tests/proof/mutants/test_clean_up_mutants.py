@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from prooflib import switches
 from prooflib.hooks import HookedObjectStore
 from prooflib.repacking import repack
 from prooflib.stories import KEPT, TXN, BrokenPromise, Rule, Rules, Stage, contents, ends_badly, ends_well
 
 from mandapa.errors import CorruptionError, NotFoundError
-from mandapa.format.keys import GC, container_key
-from mandapa.format.records import Op, Record, RepackOp, decode_gc_list
+from mandapa.format.keys import container_key
 from mandapa.object_store.memory import MemoryObjectStore
-from mandapa.repository import gc, mirror
 from mandapa.repository.fsck import fsck
 from mandapa.repository.gc import Collection
-from mandapa.repository.log import Log
-from mandapa.repository.logs import LogFacts
-from mandapa.repository.marking import Look, Marks
-from mandapa.repository.move import Move
-from mandapa.repository.replica import Replica
 from mandapa.repository.repository import Repository
 from mandapa.repository.rewrite import rewrite
-from mandapa.repository.state import ArtifactState
-from mandapa.repository.version import Version, address_of
+from mandapa.repository.version import Version
 from mandapa.testing.faults import Crash
 
 T = TypeVar("T")
@@ -51,23 +44,10 @@ def the_version_comes_back_before_the_list(stage: Stage) -> None:
     cleaning.finish()
 
 
-@rule(the_version_comes_back_before_the_list)
-def mark_once(patch: pytest.MonkeyPatch) -> None:
-    """Gc marks again after its fences."""
-    patch.setattr(Marks, "add", lambda *_: None)
+rule(the_version_comes_back_before_the_list)(switches.mark_once)
 
 
-@rule(the_version_comes_back_before_the_list)
-def mark_before_the_fence(patch: pytest.MonkeyPatch) -> None:
-    """The second mark is of what was live at the fence, not of what was seen before it."""
-    fence = Collection._fence
-
-    def look_then_fence(self: Collection, logs: Sequence[LogFacts], *rest: object) -> list[int]:
-        seen = [len(facts.log.records) - 1 for facts in logs]
-        fence(self, logs, *rest)
-        return seen
-
-    patch.setattr(Collection, "_fence", look_then_fence)
+rule(the_version_comes_back_before_the_list)(switches.mark_before_the_fence)
 
 
 def the_base_dies_after_the_fence(stage: Stage) -> None:
@@ -85,16 +65,7 @@ def the_base_dies_after_the_fence(stage: Stage) -> None:
     stage.commit(stage.process())
 
 
-@rule(the_base_dies_after_the_fence, "small")
-def mark_beyond_the_fence(patch: pytest.MonkeyPatch) -> None:
-    """What was live at the fence stays; what is deleted after it waits for the next gc."""
-    add = Marks.add
-
-    def at_the_tail(self: Marks, facts: LogFacts, _: int) -> None:
-        facts.log.refresh()
-        add(self, facts, len(facts.log.records) - 1)
-
-    patch.setattr(Marks, "add", at_the_tail)
+rule(the_base_dies_after_the_fence, "small")(switches.mark_beyond_the_fence)
 
 
 def gc_passes_before_the_record(stage: Stage) -> None:
@@ -104,10 +75,7 @@ def gc_passes_before_the_record(stage: Stage) -> None:
     stage.commit(stage.process(), keep=KEPT)
 
 
-@rule(gc_passes_before_the_record)
-def no_fences(patch: pytest.MonkeyPatch) -> None:
-    """Every log is fenced: else a writer does not know that it has to look again."""
-    patch.setattr(Collection, "_fence", lambda _, logs, *__: [len(facts.log.records) - 1 for facts in logs])
+rule(gc_passes_before_the_record)(switches.no_fences)
 
 
 def a_new_artifact_comes_before_the_list(stage: Stage) -> None:
@@ -121,10 +89,7 @@ def a_new_artifact_comes_before_the_list(stage: Stage) -> None:
     cleaning.finish()
 
 
-@rule(a_new_artifact_comes_before_the_list)
-def catalog_read_once(patch: pytest.MonkeyPatch) -> None:
-    """The catalog is read again: what was registered meanwhile is fenced, and marked."""
-    patch.setattr(Look, "new_logs", lambda _: None)
+rule(a_new_artifact_comes_before_the_list)(switches.catalog_read_once)
 
 
 def the_tail_is_read_after_the_fence(stage: Stage) -> None:
@@ -138,10 +103,7 @@ def the_tail_is_read_after_the_fence(stage: Stage) -> None:
     stage.commit(repo, keep=KEPT)
 
 
-@rule(the_tail_is_read_after_the_fence)
-def the_list_is_kept_to_itself(patch: pytest.MonkeyPatch) -> None:
-    """What may be deleted is told before any log is fenced."""
-    patch.setattr(gc, "create_once", lambda *_: b"")
+rule(the_tail_is_read_after_the_fence)(switches.the_list_is_kept_to_itself)
 
 
 def another_gc_meets_the_list(stage: Stage) -> None:
@@ -156,17 +118,7 @@ def another_gc_meets_the_list(stage: Stage) -> None:
     stage.commit(repo, keep=KEPT)
 
 
-@rule(another_gc_meets_the_list)
-def remove_others(patch: pytest.MonkeyPatch) -> None:
-    """Another's list goes only when none of its objects exists any more."""
-    patch.setattr(Collection, "_tidy", lambda self, _: _all_lists(self._repo, lambda key, _: [key]))
-
-
-def _all_lists(repo: Repository, doomed: Callable[[str, tuple[str, ...]], list[str]]) -> None:
-    """Delete what ``doomed`` says of the key of each list, and the keys in it."""
-    for info in list(repo.store.list(GC)):
-        objects = decode_gc_list(repo.store.get(info.key), key=info.key).objects
-        repo.store.delete(doomed(info.key, tuple(objects)))
+rule(another_gc_meets_the_list)(switches.remove_others)
 
 
 def a_gc_has_died_before_its_fences(stage: Stage) -> None:
@@ -184,14 +136,7 @@ def a_gc_has_died_before_its_fences(stage: Stage) -> None:
     stage.commit(stage.process())
 
 
-@rule(a_gc_has_died_before_its_fences, "small")
-def resume(patch: pytest.MonkeyPatch) -> None:
-    """A gc that crashed is never resumed: who has not fenced since may not delete."""
-
-    def sweep(self: Collection, look: Look) -> None:
-        _all_lists(self._repo, lambda key, objects: [key, *(one for one in objects if one not in look.marks.keys)])
-
-    patch.setattr(Collection, "_tidy", sweep)
+rule(a_gc_has_died_before_its_fences, "small")(switches.resume)
 
 
 def a_gc_passes_within_the_grace(stage: Stage) -> None:
@@ -212,10 +157,7 @@ def a_gc_passes_within_the_grace(stage: Stage) -> None:
     stage.epilogue.append(want_it_back)
 
 
-@rule(a_gc_passes_within_the_grace)
-def grace_of_objects_alone(patch: pytest.MonkeyPatch) -> None:
-    """A version that was deleted less than the grace ago counts as live."""
-    patch.setattr(Marks, "_fresh", lambda *_: False)
+rule(a_gc_passes_within_the_grace)(switches.grace_of_objects_alone)
 
 
 # -- readers ----------------------------------------------------------------------------------------------------------
@@ -251,27 +193,11 @@ def _read(version: Version, told: str | None) -> None:
         assert found
 
 
-@rule(a_reader_comes_late)
-@rule(a_reader_is_overtaken)
-def no_second_look(patch: pytest.MonkeyPatch) -> None:
-    """Who misses an object reads the log again."""
-
-    def give_up(self: Version, error: NotFoundError) -> None:
-        raise CorruptionError(f"{self.address}: {error}") from error
-
-    patch.setattr(Version, "follow", give_up)
+rule(a_reader_comes_late)(switches.no_second_look)
+rule(a_reader_is_overtaken)(switches.no_second_look)
 
 
-@rule(a_reader_is_overtaken)
-def stay_where_it_was(patch: pytest.MonkeyPatch) -> None:
-    """A version that has moved is read where it is now."""
-
-    def stay(self: Version, error: NotFoundError) -> None:
-        state = self._log.refresh().versions[self.number]
-        why = "was deleted" if state.deleted is not None else "is not whole"
-        raise NotFoundError(f"{self.address} {why}") from error
-
-    patch.setattr(Version, "follow", stay)
+rule(a_reader_is_overtaken)(switches.stay_where_it_was)
 
 
 # -- moves ------------------------------------------------------------------------------------------------------------
@@ -295,28 +221,7 @@ def another_moves_the_version(stage: Stage) -> None:
     _move(stage, stage.process())
 
 
-def _blind_move(*, was: bool, fence: bool) -> Callable[..., Record]:
-    """A move that does not look whether the version is where it was, or whether a gc came in between."""
-    commit = Move.commit
-
-    def blind(self: Move, repo: Repository, log: Log[ArtifactState], since: int) -> Record:
-        if not fence:
-            return commit(Move(self.version, self.root, self.requires, ()), repo, log, since)
-        assert not was
-        number = self.version.op.number
-
-        def build(state: ArtifactState) -> list[Op]:
-            return [RepackOp(number, state.versions[number].root, address_of(self.root), sorted(self.requires))]
-
-        return log.append(repo.author.new_id().hex(), build, repo.author, since=since)
-
-    return blind
-
-
-@rule(another_moves_the_version, "large")
-def move_without_was(patch: pytest.MonkeyPatch) -> None:
-    """A version moves only from where it was when its new manifest was made."""
-    patch.setattr(Move, "commit", _blind_move(was=False, fence=True))
+rule(another_moves_the_version, "large")(switches.move_without_was)
 
 
 def gc_passes_before_the_move(stage: Stage) -> None:
@@ -326,10 +231,7 @@ def gc_passes_before_the_move(stage: Stage) -> None:
     _move(stage, stage.process())
 
 
-@rule(gc_passes_before_the_move)
-def move_without_fence(patch: pytest.MonkeyPatch) -> None:
-    """A fence makes a move look again at what was put for it."""
-    patch.setattr(Move, "commit", _blind_move(was=True, fence=False))
+rule(gc_passes_before_the_move)(switches.move_without_fence)
 
 
 # -- mirrors ----------------------------------------------------------------------------------------------------------
@@ -369,11 +271,7 @@ def the_mirror_dies_after_a_record(stage: Stage) -> None:
     source.mirror(stage.process())
 
 
-@rule(the_mirror_dies_after_a_record)
-def tell_by_chance(patch: pytest.MonkeyPatch) -> None:
-    """What tells a record has an id that anybody who mirrors can compute."""
-    drawn = iter(range(1 << 20))
-    patch.setattr(mirror, "txn_id", lambda *_: f"{next(drawn):032x}")
+rule(the_mirror_dies_after_a_record)(switches.tell_by_chance)
 
 
 def gc_passes_before_the_mirror_tells(stage: Stage) -> None:
@@ -383,10 +281,7 @@ def gc_passes_before_the_mirror_tells(stage: Stage) -> None:
     source.mirror(stage.process())
 
 
-@rule(gc_passes_before_the_mirror_tells)
-def mirror_without_fence(patch: pytest.MonkeyPatch) -> None:
-    """A fence makes a mirror look again at what it has put."""
-    patch.setattr(Replica, "stands", lambda *_, **__: True)
+rule(gc_passes_before_the_mirror_tells)(switches.mirror_without_fence)
 
 
 class Overtaken(HookedObjectStore):

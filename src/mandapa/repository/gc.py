@@ -115,7 +115,7 @@ class Collection:
             for facts, slot in zip(logs, slots, strict=True):
                 look.marks.add(facts, slot)
             yield "marked"
-        except MandapaError:
+        except (MandapaError, KeyboardInterrupt):
             # Nothing was deleted, and nothing will be: what the list names may be used again.
             with suppress(MandapaError):
                 store.delete([f"{GC}{epoch}"])

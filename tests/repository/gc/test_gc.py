@@ -296,6 +296,18 @@ def test_an_error_before_the_sweep_takes_the_list_back(place: Place, step: str) 
     assert place.store.keys("gc/") == set()
 
 
+def test_so_does_who_stops_it_by_hand(place: Place) -> None:
+    """Ctrl-C between two fences leaves nothing condemned."""
+    garbage(place)
+    before = place.containers()
+    place.store.before.append(("create log/", _interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        place.repo.gc()
+    assert place.store.keys("gc/") == set()
+    assert place.containers() == before
+    place.repo.artifact("a").undelete(0)
+
+
 # -- costs ------------------------------------------------------------------------------------------------------------
 
 

@@ -44,9 +44,9 @@ def open_store(place: dict[str, str]) -> ObjectStore:
 
 
 def clean_up(repo: Repository) -> None:
-    """One clean-up after the other, with a grace of nothing."""
+    """A clean-up with a grace of nothing, a short rest, the next one."""
     freed = 0
-    while not select.select([sys.stdin], [], [], 0)[0]:
+    while not select.select([sys.stdin], [], [], 0.2)[0]:
         freed += len(repo.gc(grace=0).freed)
     print(freed, flush=True)
 

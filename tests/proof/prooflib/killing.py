@@ -87,7 +87,9 @@ class Stage:
             Repository.create(LocalObjectStore(folder / name), threads=0)
 
     def open(self, name: str, who: str) -> Repository:
-        return Repository(LocalObjectStore(self.folder / name), threads=0, codec="raw", author=Author(who))
+        """Both repositories, and all processes, share one cache, as on any machine."""
+        store, cache = LocalObjectStore(self.folder / name), self.folder / "cache"
+        return Repository(store, cache_dir=cache, threads=0, codec="raw", author=Author(who))
 
 
 def writer(stage: Stage, who: str) -> Iterator[None]:

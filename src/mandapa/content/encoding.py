@@ -14,7 +14,7 @@ from mandapa.errors import CorruptionError, NotFoundError
 from mandapa.format.manifest import BASES_MAX
 from mandapa.object_store.base import Buffer, ObjectStore
 
-__all__ = ["Encoder", "New", "counterparts"]
+__all__ = ["Encoder", "New", "counterparts", "with_room"]
 
 _COUNTERPART = 64 << 10
 """Bytes: a shorter chunk is likely to be a group of tensors, or a header."""
@@ -129,3 +129,8 @@ def counterparts(cuts: Sequence[int], old: Sequence[Piece]) -> list[Piece | None
         found[new[-last]] = large[-last]
         last += 1
     return found
+
+
+def with_room(old: Piece) -> Piece:
+    """The nearest of a chunk and its bases upon which a delta may itself be a base, as the master of a copy is."""
+    return next(one for one in old.chain() if len(one.chain()) < BASES_MAX)

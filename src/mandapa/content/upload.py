@@ -17,7 +17,7 @@ from mandapa.content.copies import Copy, cuts_for_copies
 from mandapa.content.cutters import BytesSource, Cutter, FileSource, Source, StartSource, structured_cuts
 from mandapa.content.cutters.source import read_some
 from mandapa.content.cutters.structured import STRUCTURED_MIN
-from mandapa.content.encoding import counterparts
+from mandapa.content.encoding import counterparts, with_room
 from mandapa.content.fetch import pieces_of, read_pieces
 from mandapa.content.growth import Growth, growth_since
 from mandapa.content.index import Index, Piece
@@ -488,7 +488,12 @@ class Upload:
             copies: dict[int, Copy] = {}
             if start == 0 and not self._placer.leaves_floats:
                 cuts, copies = cuts_for_copies(source, cuts)
-            batches = self._placer.from_cuts(source, at, cuts, start, counterparts(cuts, old), copies)
+            pairs = counterparts(cuts, old)
+            masters = {copy.master for copy in copies.values()}
+            for i, (begin, piece) in enumerate(zip([0, *cuts], pairs, strict=False)):
+                if begin in masters and piece is not None:
+                    pairs[i] = with_room(piece)
+            batches = self._placer.from_cuts(source, at, cuts, start, pairs, copies)
         else:
             batches = self._placer.from_views(self._cutter.cut(source, at))
         chunks = self._adopt_all(kept) + self._placer.place_all(batches, known, asset)

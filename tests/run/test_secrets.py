@@ -321,7 +321,7 @@ def seconds(value):
         began = time.process_time()
         redact(value)
         taken.append(time.process_time() - began)
-        if taken[-1] < 1:
+        if taken[-1] < 2:
             break
     return min(taken)
 
@@ -367,14 +367,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("piece", HOSTILE.values(), ids=HOSTILE)
-def test_a_megabyte_takes_less_than_a_second(piece):
+def test_a_megabyte_takes_less_than_two_seconds(piece):
     text = (piece * ((1 << 20) // len(piece) + 1))[: 1 << 20]
-    assert seconds(text) < 1
+    assert seconds(text) < 2
 
 
-def test_a_megabyte_of_keys_takes_less_than_a_second():
+def test_a_megabyte_of_keys_takes_less_than_two_seconds():
     value = {f"token_{at}": [f"a{at}=b"] for at in range(30_000)} | {"token" * 200_000: 1}
-    assert seconds(value) < 1
+    assert seconds(value) < 2
 
 
 PLAIN = st.recursive(

@@ -307,6 +307,7 @@ _WITHIN = tuple(
         ("wandb.login", r"(?P<head>\bwandb\.login\((?:key\s?=\s?)?[\"'])[0-9a-f]{40}(?P<tail>)\b"),
     )
 )
+_DIGIT = re.compile(r"[0-9]", re.ASCII)
 _BEARER = re.compile(r"(?i:(\bbearer\s{1,8}))([\w.~+/-]{8,}+=*)", re.ASCII)
 _BASIC = re.compile(r"(?i:(\bbasic\s{1,8}))([A-Za-z0-9+/]{6,}+={0,2})")
 
@@ -348,7 +349,7 @@ def _hidden_basic(found: re.Match[str]) -> str:
 
 
 def _looks_random(value: str) -> bool:
-    return len(value) >= 24 or (len(value) >= 8 and any("0" <= char <= "9" for char in value))
+    return len(value) >= 24 or (len(value) >= 8 and _DIGIT.search(value) is not None)
 
 
 # -- names and values in running text ----------------------------------------------------------------------------------

@@ -513,7 +513,9 @@ def test_any_order_of_looking_and_keeping(tmp_path, seed):
         if rng.random() < 0.5:
             reach.fetch(asked)
         for root in asked:
-            assert named(reach, reach.of(root)) == truth(store, root), step
+            ids = reach.of(root)
+            assert named(reach, ids) == truth(store, root), step
+            assert len(ids) == len(truth(store, root)), step
         expected = set().union(*[truth(store, root) for root in asked])
         assert named(reach, reach.union(asked)) == expected
         if late is not None and rng.random() < 0.5:

@@ -169,11 +169,15 @@ def test_heads_are_written_as_before(store, cache):
 
 
 def test_what_was_appended_is_kept(store, counting, cache):
-    """Without reading it again; that nobody has seen its time yet does not matter: the record before has one."""
-    repo = opened(store, cache)
+    """Without reading it again: one listing more tells the times by which it is believed."""
+    repo = opened(counting, cache)
     for fact in read_logs(repo):
         fact.log.append(repo.author.new_id().hex(), lambda _: [AliasOp("best", 0)], repo.author)
+    counting.reset()
     keep_logs(repo)
+    assert counting.requests == {"list": 1}
+    keep_logs(repo)
+    assert counting.requests == {"list": 1}
     again = opened(counting, cache)
     check(store, read_logs(again))
     counting.reset()
@@ -183,6 +187,52 @@ def test_what_was_appended_is_kept(store, counting, cache):
     fresh = opened(counting, cache)
     read_logs(fresh)
     assert counting.requests == {"list": 1, "get": 1}
+
+
+def test_what_a_process_did_not_read_stays_kept(store, counting, cache):
+    """It keeps what it read or made, and leaves the rest as it is."""
+    read_logs(opened(store, cache))
+    repo = opened(store, cache)
+    put(repo, name_of(4))
+    put(repo, "new", 2)
+    keep_logs(repo)
+    read_logs(opened(counting, cache))
+    assert counting.requests == {"list": 1, "get": 1}
+    check(store, read_logs(opened(store, cache)))
+
+
+def test_what_is_kept_is_what_the_store_has(store, cache):
+    """A store that was set back since, by our own record alone, and went on with one as long: ours is not kept."""
+    repo = opened(store, cache)
+    [fact] = [fact for fact in read_logs(repo) if fact.name == name_of(6)]
+    known = len(fact.log.records)
+    fact.log.append(repo.author.new_id().hex(), lambda _: [AliasOp("mine", 0)], repo.author)
+    keep_logs(repo)
+    rewind(store, fact.id, known)
+    other = opened(store)
+    log = other.artifact(name_of(6)).open_log()
+    log.append(other.author.new_id().hex(), lambda _: [AliasOp("ours", 0)], other.author)
+    assert len(log.lines[-1]) == len(fact.log.lines[-1])
+    again = opened(store, cache)
+    check(store, read_logs(again))
+    again.artifact(name_of(6)).alias("best", 1)
+    check(store, read_logs(opened(store)))
+
+
+def test_what_does_not_fit_what_is_known_is_read_from_the_start(store, cache):
+    """A process whose store was set back under it finds out by the next record, and by what is shorter or longer."""
+    repo = opened(store, cache)
+    [fact] = [fact for fact in read_logs(repo) if fact.name == name_of(6)]
+    known = len(fact.log.records)
+    fact.log.append(repo.author.new_id().hex(), lambda _: [AliasOp("mine", 0)], repo.author)
+    for name in ("longer", "ours"):
+        rewind(store, fact.id, known)
+        other = opened(store)
+        log = other.artifact(name_of(6)).open_log()
+        log.append(other.author.new_id().hex(), lambda _, name=name: [AliasOp(name, 0)], other.author)
+        if name == "ours":
+            other.artifact(name_of(6)).alias("best", 1)
+        check(store, read_logs(repo))
 
 
 def rewind(store, id_, count):

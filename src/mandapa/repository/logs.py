@@ -65,8 +65,8 @@ def read_logs(repo: Repository) -> list[LogFacts]:
     record. A log that it never read costs one for each record, or, with a head, two and one for each record after it.
 
     What this machine knows is believed if the listing shows as many records, the last with the size and the time that
-    it had; each is checked as if it came from the store. `Repository.log` gives the same logs: to append to one needs
-    no reading.
+    it had in a listing before; each is checked as if it came from the store. `Repository.log` gives the same logs: to
+    append to one needs no reading.
 
     Raises:
         CorruptionError: A record is missing, altered, or does not follow from those before it.
@@ -80,11 +80,10 @@ def read_logs(repo: Repository) -> list[LogFacts]:
     kept = repo.kept_logs.read()
     listed = _listed(repo, ids)
     known = _segments(kept)
-    moved = []
+    moved: list[tuple[Log[ArtifactState], int]] = []
     for log, count in zip(logs, before, strict=True):
         infos = listed.get(log.id, [])
-        # Of what was read just now, without a listing, nothing but the size is known.
-        if count and not _same(log.lines[:count], log.seen or (count, None), infos):
+        if count and not _same(log.lines[:count], log.seen, infos):
             log.forget()
         if not log.records:
             _preload(log, known.get(log.id, []), infos)
@@ -92,7 +91,7 @@ def read_logs(repo: Repository) -> list[LogFacts]:
             moved.append((log, len(infos)))
     # Several logs at once, each record after record; or one log with several records at once.
     outer, inner = (repo.threads, 0) if len(moved) > 1 else (0, repo.threads)
-    for _ in in_order(lambda one: one[0].read_to(one[1], threads=inner), moved, threads=outer):
+    for _ in in_order(lambda one: _read_on(*one, threads=inner), moved, threads=outer):
         pass
     facts = []
     for log in logs:
@@ -105,13 +104,42 @@ def read_logs(repo: Repository) -> list[LogFacts]:
 
 
 def keep_logs(repo: Repository) -> None:
-    """Remember on this machine what was read of logs, and appended to them, since `read_logs`. No request.
+    """Remember on this machine what was read of logs, and appended to them, since `read_logs`.
 
-    Optional: without it the next `read_logs` reads what was appended since.
+    One request for each 1,000 records that there are, or none if nothing is new: of what is kept the time must be known,
+    by which it is believed later. Optional: without it the next `read_logs` reads what was appended since, one by one.
+
+    Raises:
+        CorruptionError: A record is missing.
     """
-    kept = repo.kept_logs.read()
     catalog = repo.catalog.state
-    _keep(repo, kept, _segments(kept), [repo.log(id_) for id_ in [*catalog.names.values(), *catalog.removed]])
+    ids = [*catalog.names.values(), *catalog.removed]
+    logs = [(log, len(log.records)) for log in map(repo.log, ids)]
+    if all(count == (log.seen[0] if log.seen else 0) for log, count in logs):
+        return
+    kept = repo.kept_logs.read()
+    listed = _listed(repo, ids)
+    good = []
+    for log, count in logs:
+        infos = listed.get(log.id, [])[:count]
+        if _same(log.lines[:count], log.seen, infos):
+            log.seen = (count, infos[-1].last_modified)
+            good.append(log)
+        elif not count:
+            good.append(log)  # not read by this process: what is kept of it stays
+    _keep(repo, kept, _segments(kept), good)
+
+
+def _read_on(log: Log[ArtifactState], count: int, *, threads: int) -> None:
+    """Read to record ``count``; if that does not follow from what is known, know nothing and begin again."""
+    known = bool(log.records)
+    try:
+        log.read_to(count, threads=threads)
+    except CorruptionError:
+        if not known:
+            raise
+        log.forget()
+        log.read_to(count, threads=threads)
 
 
 def _listed(repo: Repository, ids: Sequence[str]) -> dict[str, list[ObjectInfo]]:
@@ -134,12 +162,20 @@ def _listed(repo: Repository, ids: Sequence[str]) -> dict[str, list[ObjectInfo]]
     return found
 
 
-def _same(lines: Sequence[bytes], seen: tuple[int, datetime | None], infos: Sequence[ObjectInfo]) -> bool:
-    """Whether known records are those of a listing: by the time of the last that one showed, and the sizes after it."""
-    count, time = seen
-    if not 0 < count <= len(lines) <= len(infos) or (time is not None and infos[count - 1].last_modified != time):
+def _same(lines: Sequence[bytes], seen: tuple[int, datetime] | None, infos: Sequence[ObjectInfo]) -> bool:
+    """Whether known records are those of a listing: by the time of the last that an earlier one showed, and by sizes.
+
+    What this process has read or appended since has no time; that somebody set its store back meanwhile, and others
+    went on with records as long as those, is not looked for.
+    """
+    if not 0 < len(lines) <= len(infos):
         return False
-    return all(infos[at].size == len(lines[at]) for at in range(count - 1, len(lines)))
+    start = len(lines) - 1
+    if seen is not None:
+        start = seen[0] - 1
+        if start >= len(lines) or infos[start].last_modified != seen[1]:
+            return False
+    return all(infos[at].size == len(lines[at]) for at in range(start, len(lines)))
 
 
 def _segments(kept: Kept) -> dict[str, list[tuple[bytes, _Segment]]]:
@@ -156,7 +192,7 @@ def _segments(kept: Kept) -> dict[str, list[tuple[bytes, _Segment]]]:
 def _preload(log: Log[ArtifactState], segments: Sequence[tuple[bytes, _Segment]], infos: Sequence[ObjectInfo]) -> None:
     """Let a log know what this machine knows of it, if that is what the listing shows."""
     lines = [line for _, segment in segments for line in segment.lines]
-    if not segments or not _same(lines, segments[-1][1].seen, infos):
+    if not segments or segments[-1][1].seen[0] != len(lines) or not _same(lines, segments[-1][1].seen, infos):
         return
     try:
         log.preload(lines, head=segments[-1][1].head)
@@ -170,13 +206,15 @@ def _keep(
     known: dict[str, list[tuple[bytes, _Segment]]],
     logs: Sequence[Log[ArtifactState]],
 ) -> None:
-    """Make the shelf hold these logs, and no others."""
+    """Make the shelf hold these logs, as far as a listing showed them, and no others."""
     put: dict[bytes, bytes] = {}
     stay: set[bytes] = set()
     for log in logs:
+        segments = known.get(log.id, [])
         if log.seen is None:
-            continue  # no listing showed it, so it could not be told later whether it is the same
-        segments, lines = known.get(log.id, []), log.lines[:]
+            stay.update([key for key, _ in segments])
+            continue
+        lines = log.lines[: log.seen[0]]
         done = sum([len(segment.lines) for _, segment in segments])
         same = [line for _, segment in segments for line in segment.lines] == lines[:done]
         if same and done == len(lines) and segments[-1][1].seen == log.seen:

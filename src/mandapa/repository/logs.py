@@ -106,7 +106,7 @@ def read_logs(repo: Repository) -> list[LogFacts]:
 def keep_logs(repo: Repository) -> None:
     """Remember on this machine what was read of logs, and appended to them, since `read_logs`.
 
-    One request for each 1,000 records that there are, or none if nothing is new: of what is kept the time must be known,
+    One request for each 1,000 records there are, or none if nothing is new: of what is kept the time must be known,
     by which it is believed later. Optional: without it the next `read_logs` reads what was appended since, one by one.
 
     Raises:

@@ -210,9 +210,10 @@ def collect(
     for key in plan.objects.keys() - freed.keys() - skipped.keys() if plan else ():
         skipped[key] = _why(look, key)
     if plan is None:
-        doomed = half_dead(look).keys
+        doomed = half_dead(look).keys  # by all logs, so that this machine knows the fences from then on
     else:
         doomed = [pack.key for pack in plan.half_dead]
+        keep_logs(repository)
     return Collected(freed, merged(shares), skipped, list(rewrite(repository, doomed)))
 
 
@@ -227,7 +228,6 @@ def _one_round(work: Collection) -> tuple[Look, tuple[Share, ...]]:
         if step == "chosen":
             owners = Owners(look, work.condemned.keys())
     look.marks.reach.close(whole=True)
-    keep_logs(look.repository)
     return look, (owners or Owners(look, frozenset())).shares(work.freed)
 
 

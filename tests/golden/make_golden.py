@@ -2,8 +2,9 @@
 
     python tests/golden/make_golden.py tests/golden
 
-It holds every kind of object, row and op that format 1 has; a second one holds every codec. Once the format is frozen
-they are never made again: a mandapa of any later release reads the bytes that are checked in.
+It holds every kind of object, row and op that format 1 has; a second one holds every codec, a third one is a mirror
+that was cleaned up. Format 1 is frozen, so they are never made again: a mandapa of any later release reads the bytes
+that are checked in.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from mandapa.format.records import (
     encode_head,
 )
 from mandapa.format.strict import seal
-from mandapa.object_store import LocalObjectStore
+from mandapa.object_store import LocalObjectStore, MemoryObjectStore
 from mandapa.repository.log import Author
+from mandapa.repository.policy import Policy
 from mandapa.repository.repack import RepackPlan
 from mandapa.repository.repository import Repository
 from mandapa.repository.version import address_of, root_of
@@ -209,6 +211,43 @@ def make_codecs(root: Path) -> dict[str, object]:
     return facts(Repository(LocalObjectStore(root), threads=0))
 
 
+def make_mirror(root: Path) -> dict[str, object]:
+    """Versions that were gone before they were mirrored, others that went and came back since, and a clean-up."""
+    author = Author("golden@example", clock=Clock(), random=random.Random(5), sleep=lambda _: None)
+    store = MemoryObjectStore("golden")  # what a mirror says of its source must not say where this was run
+    store.delete([info.key for info in store.list("")])
+    source = Repository.create(store, author=author, threads=0, codec="raw")
+    rng = random.Random(6)
+    old, net = rng.randbytes(70_000), source.artifact("net")
+    for step in range(6):
+        with net.transaction(f"step {step}", {"step": step, "loss": 1 / (step + 1)}) as txn:
+            txn.add_bytes("state.bin", rng.randbytes(70_000))
+            txn.add_bytes("old.bin", old if step < 4 else old[:60_000])
+            txn.add_bytes("notes.txt", f"step {step}".encode())
+    with source.artifact("data").transaction("rows") as txn:
+        txn.add_bytes("rows.csv", b"a,b\n1,2\n")
+        txn.add_url("far.parquet", "https://example.com/far.parquet", size=7, checksum="sha256:00")
+    net.tag("paper", 1)
+    net.alias("prod", 2)
+    net.tag("dropped", 3)
+    net.tag("dropped", None)
+    source.set_policy(None, Policy(keep_last=2))
+    source.expire(source.plan_expire())
+    source.gc(grace=0)
+    mirror = Repository.create(LocalObjectStore(root), author=author, threads=0, codec="raw")
+    assert source.mirror(mirror).ok
+    net.delete(4)
+    net.alias("prod", 5)
+    assert source.mirror(mirror).ok
+    net.undelete(4)
+    net.delete(2)
+    assert source.mirror(mirror).ok
+    mirror.set_policy(None, Policy(keep_last=3, keep_best=("1:loss:min",)))
+    mirror.set_policy("data", Policy(newer_than="14d"))
+    assert mirror.gc(grace=0).freed
+    return facts(Repository(LocalObjectStore(root), threads=0))
+
+
 def mixed(fp32: bytes, bf16: bytes, step: int) -> bytes:
     """A safetensors file of both."""
     header = {
@@ -224,7 +263,8 @@ def mixed(fp32: bytes, bf16: bytes, step: int) -> bytes:
 if __name__ == "__main__":
     home = Path(sys.argv[1])
     work = home / "work"
-    for name, write in {"format-1": lambda root: make(root, work), "format-1-codecs": make_codecs}.items():
+    makers = {"format-1": lambda root: make(root, work), "format-1-codecs": make_codecs, "format-1-mirror": make_mirror}
+    for name, write in makers.items():
         if (home / name).exists():
             continue  # what is checked in stays
         os.makedirs(work, exist_ok=True)

@@ -19,7 +19,13 @@ from mandapa.repository.fsck import fsck
 from mandapa.repository.repository import Repository
 
 HOME = Path(__file__).parent
-NAMES = ("format-1", "format-1-codecs")
+FROZEN = {
+    "format-1": "4defa4f3f685db4c91f14bdbcd5f2c5ca106afaca51f5f2518ecebeed0c445bf",
+    "format-1-codecs": "edd7feaa02ebb6f2b6c145bd3f35c039afa361f9b8731a3a55a064231f52b112",
+    "format-1-mirror": "abfce28881bac8c54d67f500421618777db3e0b7402215fe81c27037a00c2314",
+}
+"""What the checked-in bytes have been since format 1 was frozen. A change here is a broken promise."""
+NAMES = tuple(FROZEN)
 EXPECTED = {name: json.loads((HOME / f"{name}.json").read_text()) for name in NAMES}
 
 
@@ -42,6 +48,16 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_not_a_byte_has_changed(name):
+    """Format 1 is frozen: a golden repository is never made again."""
+    hasher = hashlib.sha256()
+    for path in sorted(path for path in (HOME / name).rglob("*") if path.is_file()):
+        data = path.read_bytes()
+        hasher.update(f"{path.relative_to(HOME / name).as_posix()} {len(data)}\n".encode() + data)
+    assert hasher.hexdigest() == FROZEN[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,7 +106,10 @@ def test_an_op_of_a_newer_mandapa_keeps_writers_out(golden):
         txn.add_bytes("x", b"x")
 
 
-@pytest.mark.parametrize(("name", "make"), [("format-1", "make"), ("format-1-codecs", "make_codecs")])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("format-1", "make"), ("format-1-codecs", "make_codecs"), ("format-1-mirror", "make_mirror")],
+)
 def test_writing_it_anew_gives_the_same_facts(expected, make, tmp_path):
     """Digests, records and folding do not drift; compressed bytes may."""
     arguments = (tmp_path / "new", tmp_path)[: 2 if make == "make" else 1]

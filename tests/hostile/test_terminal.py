@@ -23,12 +23,13 @@ LOOKING = [
     ["ls", "-r", "evil"], ["diff", "evil:v0", "evil:v2"], ["diff", "evil:v0", "evil:v2", "--stat"],
     ["alias", "evil", "--history"], ["tag", "evil"], ["best", "evil", "--by", EVIL], ["best", "evil", "--by", "n"],
     ["du"], ["du", "evil"], ["gc"], ["gc", "--grace", "0"], ["expire", "evil", "--keep-last", "1"], ["policy", "show"],
-    ["policy", "show", "evil"], ["repack", "evil"], ["fsck"], ["fsck", "--deep"], ["doctor"], ["drill", "evil"],
-    ["drill", "--all"], ["status"], ["get", "evil", "back"], ["cat", f"evil/{EVIL}"], ["log", EVIL], ["show", EVIL],
+    ["policy", "show", "evil"], ["repack", "evil"], ["fsck", "--deep"], ["doctor"], ["drill", "evil"],
+    ["status"], ["get", "evil", "back"], ["cat", f"evil/{EVIL}"], ["log", EVIL], ["show", EVIL],
     ["delete", f"evil:{EVIL}"], ["gc", "--apply", "plan"], ["expire", "--apply", "plan"],
     ["repack", "evil", "--apply", "plan"], ["du", "--prices", "plan"],
     ["mirror", EVIL, "copy"],
-    ["mirror", ".mandapa", "copy"],    ["artifact", "rename", "evil", EVIL], ["undelete", f"evil:{EVIL}"], ["--repo", EVIL, "log"],
+    ["mirror", ".mandapa", "copy"],
+    ["artifact", "rename", "evil", EVIL], ["undelete", f"evil:{EVIL}"], ["--repo", EVIL, "log"],
 ]  # fmt: skip
 
 

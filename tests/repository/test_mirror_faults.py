@@ -141,6 +141,59 @@ def test_a_clean_up_at_any_call(source, where):
         run(at)
 
 
+def test_a_repack_in_the_destination_at_any_call():
+    """What a version was to inherit from is stored otherwise, and the old bytes are gone: it is made anew upon that."""
+    source = repository(codec="raw")
+    for data in checkpoints(3, size=30_000):
+        commit(source, alias="best", w=data, kept=data[:70_000])
+
+    def run(at: int | None) -> int:
+        destination = repository(threads=0, codec="dense")
+        source.mirror(destination)
+        later = repository()
+        for info in source.place.list(""):
+            later.place.put(info.key, source.place.get(info.key))
+        grown = Repository(later.place, codec="raw")
+        commit(grown, alias="best", w=b"another" * 30_000)
+
+        def act() -> None:
+            other = reopened(destination)
+            assert any(not one.skipped for one in other.artifact("m").repack())
+            sweep(other)
+
+        watched = Watched(destination.place, at, act)
+        done = grown.mirror(Repository(watched, threads=0))
+        assert done.ok, [one.error for one in done.artifacts]
+        check(grown, destination)
+        return watched.calls
+
+    for at in range(1, run(None) + 1):
+        run(at)
+
+
+def test_a_clean_up_while_a_version_is_brought_back():
+    """What the mirror has of a deleted version is used, and may go at any call: the version is whole at the end."""
+    data = np.random.default_rng(0).bytes(200_000)
+
+    def run(at: int | None) -> int:
+        source, destination = repository(codec="raw"), repository(threads=0)
+        commit(source, a=data)
+        commit(source, a=b"1", b=b"2")
+        source.mirror(destination)
+        source.artifact("m").delete(0)
+        source.mirror(destination)
+        source.artifact("m").undelete(0)
+        watched = Watched(destination.place, at, lambda: sweep(destination))
+        done = reopened(source).mirror(Repository(watched, threads=0))
+        assert done.ok, [one.error for one in done.artifacts]
+        assert at is not None or done.added < 10_000
+        check(source, destination)
+        return watched.calls
+
+    for at in range(1, run(None) + 1):
+        run(at)
+
+
 CHANGES: dict[str, Callable[[Repository], object]] = {
     "delete the newest": lambda repo: (repo.artifact("m").alias("best", 0), repo.artifact("m").delete(3)),
     "delete the first and sweep": lambda repo: (

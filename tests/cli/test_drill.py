@@ -40,11 +40,12 @@ def test_a_drill_says_what_it_proved(net):
     """Files, bytes and time; that it was recorded; and show tells when, and by whom."""
     out = net("drill", "net:v0").out.splitlines()
     assert out[0].startswith("net:v0 is restorable: 3 files, ")
-    assert out[-1].startswith("recorded: restored_at ")
+    assert out[-1].startswith("recorded: mandapa/restored ")
     [shown] = net.json("show", "net:v0")
-    assert out[-1] == f"recorded: restored_at {shown['facts']['restored_at']}"
-    assert "@" in shown["facts"]["restored_by"]
-    assert "restored_at" in net("show", "net:v0").out
+    fact = shown["facts"]["mandapa/restored"]
+    assert out[-1] == f"recorded: mandapa/restored {fact['at']}"
+    assert "@" in fact["by"]
+    assert "mandapa/restored" in net("show", "net:v0").out
 
 
 def test_a_drill_as_json(net):
@@ -74,8 +75,8 @@ def test_a_failed_drill_says_when_it_last_went_well(big):
     proven = big.json("drill", "big")[0]["at"]
     spoil(largest(big))
     out = big("drill", "big", code=5).out.splitlines()
-    assert out[-1] == f"last proven restorable: {proven}"
-    assert big.json("show", "big")[0]["facts"]["restored_at"] == proven
+    assert out[-1].startswith(f"last proven restorable: {proven}, by ")
+    assert big.json("show", "big")[0]["facts"]["mandapa/restored"]["at"] == proven
 
 
 def test_a_drill_of_all(big):

@@ -27,7 +27,7 @@ from mandapa.format.keys import container_key, head_key, log_key
 from mandapa.format.manifest import Leaf, NodeAddress, encode_node, node_digest
 from mandapa.format.pack import HEADER, KIND_NODE, PackEntry, pack_footer, read_pack_table
 from mandapa.object_store import LocalObjectStore, MemoryObjectStore
-from mandapa.repository.drill import drill, drill_all
+from mandapa.repository.drill import RESTORED, drill, drill_all
 from mandapa.repository.log import Author
 from mandapa.repository.rehearsal import Rehearsal, logical_digest
 from mandapa.repository.repository import Repository
@@ -106,8 +106,7 @@ def test_a_whole_version_is_proven_and_recorded(store, tmp_path, folder):
     assert sum(seen) <= done.bytes
     assert done.recorded
     facts = version.artifact.version(1).facts
-    assert facts["restored_by"] == "ana@hall-1"
-    assert facts["restored_at"] == done.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    assert facts == {"mandapa/restored": {"at": done.at.strftime("%Y-%m-%dT%H:%M:%S.%fZ"), "by": "ana@hall-1"}}
     assert version.artifact.version(0).facts == {}
 
 
@@ -290,10 +289,10 @@ def test_a_version_deleted_while_it_is_drilled(store, tmp_path, folder):
 
     class Deleting(Author):
         def now(self):
-            monday = super().now()
+            when = super().now()
             if "net" in repo.catalog.state.names and version.artifact.state().versions[0].deleted is None:
                 Repository(store).artifact("net").delete(0)
-            return monday
+            return when
 
     repo.author = Deleting("ana@hall-1")
     found = drill(version, folder=folder)
@@ -336,6 +335,27 @@ def test_all_newest_versions_are_drilled(store, tmp_path, folder):
     assert not results["net:v1"].ok
     assert results["other:v0"].recorded
     assert results["zz:v0"].recorded
+
+
+def test_a_mirror_can_be_drilled(tmp_path, folder):
+    """What is proven of the one place is not said of the other, and the mirror is a mirror still."""
+    source = filled(LocalObjectStore(tmp_path / "repo", fsync=False), tmp_path)
+    mirror = Repository.create(LocalObjectStore(tmp_path / "mirror", fsync=False))
+    assert drill(source["net"], folder=folder).recorded
+    assert source.mirror(mirror).ok
+    assert RESTORED in source["net"].facts
+    assert RESTORED not in mirror["net"].facts
+    assert drill(mirror["net"], folder=folder).recorded
+    with source.artifact("net").transaction() as txn:
+        txn.add_bytes("notes/a.txt", b"another note\n")
+    again = source.mirror(mirror)
+    assert again.ok
+    assert [one.versions for one in again.artifacts if one.artifact == "net"] == [1]
+    assert mirror["net"].digest == source["net"].digest
+    assert drill(source["net:v0"], folder=folder).recorded
+    assert [one.records for one in source.mirror(mirror).artifacts] == [0, 0]
+    assert RESTORED in mirror["net:v1"].facts
+    assert RESTORED not in mirror["net:v0"].facts
 
 
 def test_room_is_looked_for_first(tmp_path, folder, monkeypatch):

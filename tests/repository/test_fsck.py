@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import pytest
 from test_corruption import Forge, leaf
@@ -12,7 +13,7 @@ from test_corruption import Forge, leaf
 from mandapa.errors import CorruptionError, InvalidInputError
 from mandapa.format.keys import container_key, head_key, log_key
 from mandapa.format.manifest import Branch
-from mandapa.format.records import encode_marker
+from mandapa.format.records import RepackOp, encode_marker
 from mandapa.object_store import LocalObjectStore, MemoryObjectStore
 from mandapa.repository.fsck import fsck
 from mandapa.repository.log import Author
@@ -249,6 +250,23 @@ def test_a_version_deleted_meanwhile_is_not_blamed(store):
     assert report.losses == []
     store.delete([shared])
     assert [found.where for found in fsck(store).findings] == [shared]
+
+
+def test_a_version_moved_meanwhile_is_not_blamed(store):
+    """A repack moved its root, and a gc took the old manifest, after its log was read: no finding."""
+    repo = filled(store)
+    root = repo["other"].artifact.state().versions[0].root
+
+    def happen():
+        moved = msgspec.structs.replace(root, object="meta/" + "ab" * 16)
+        store.put(moved.object, bytes(store.get(root.object)))
+        log = Repository(store).artifact("other").open_log()
+        log.append("cd" * 16, lambda _: [RepackOp(0, root, moved)], author())
+        store.delete([root.object])
+
+    report = fsck(Racing(store, happen), deep=True)
+    assert report.ok
+    assert fsck(store, deep=True).ok
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------

@@ -199,6 +199,8 @@ _NAMED = 20  # files that are named before the rest is counted
 
 
 def _drilled_text(drilled: Drilled) -> str:
+    from mandapa.repository.drill import RESTORED
+
     address = drilled.version.address
     speed = f"{count(drilled.files, 'file')}, {size(drilled.bytes)} in {drilled.seconds:.2f} s{_rate(drilled)}"
     lines = [f"    {clean(path) or 'the version'}: {clean(why)}" for path, why in drilled.problems[:_NAMED]]
@@ -207,8 +209,9 @@ def _drilled_text(drilled: Drilled) -> str:
     if lines:
         lines.insert(0, f"{address} cannot be restored in full: {count(len(drilled.problems), 'problem')}")
         lines.append(f"what is whole: {speed}")
-        if proven := drilled.version.facts.get("restored_at"):
-            lines.append(f"last proven restorable: {value(proven)}")
+        proven = drilled.version.facts.get(RESTORED)
+        if isinstance(proven, dict):  # written by whoever
+            lines.append(f"last proven restorable: {value(proven.get('at'))}, by {value(proven.get('by'))}")
     else:
         lines.append(f"{address} is restorable: {speed}, read again and compared")
     if drilled.urls:
@@ -219,7 +222,7 @@ def _drilled_text(drilled: Drilled) -> str:
     if len(drilled.unloaded) > _NAMED:
         lines.append(f"not loaded: {len(drilled.unloaded) - _NAMED:,} more")
     if drilled.recorded:
-        lines.append(f"recorded: restored_at {utc(drilled.at)}")
+        lines.append(f"recorded: {RESTORED} {utc(drilled.at)}")
     elif drilled.unrecorded is not None:
         lines.append("not recorded, though it is true")
     return "\n".join(lines)

@@ -32,12 +32,10 @@ from mandapa.repository.repository import Repository
 from mandapa.repository.state import ArtifactState, parse_time
 from mandapa.repository.version import Version
 
-__all__ = ["RESTORED_AT", "RESTORED_BY", "Drilled", "drill", "drill_all"]
+__all__ = ["RESTORED", "Drilled", "drill", "drill_all"]
 
-RESTORED_AT = "restored_at"
-"""The fact of a version that says when a drill last restored it. Source: docs/format.md §8.2."""
-RESTORED_BY = "restored_by"
-"""The fact that says who did."""
+RESTORED = "mandapa/restored"
+"""The fact of a version that says when a drill last restored it, and who did. Source: docs/format.md §8.2."""
 
 _BLOCK = 4096  # what a file takes on a disk is a multiple of this, about
 
@@ -88,8 +86,8 @@ def drill(
     Then each file is read again from the disk and compared with its digest, the version's digest is computed from
     these files, and the tensors of checkpoint files are loaded, a quarter of a GB at a time; nothing is unpickled.
 
-    Reads every byte of the version once from the store. With ``record`` a version that proves restorable gets the facts
-    ``restored_at`` and ``restored_by``, by a commit; that this fails does not change what was proven (``unrecorded``).
+    Reads every byte of the version once from the store. With ``record`` a version that proves restorable gets the fact
+    ``mandapa/restored``, by a commit; that this fails does not change what was proven (``unrecorded``).
 
     Args:
         version: Which.
@@ -245,7 +243,7 @@ def _ask(question: Question, address: str, progress: Callable[[int], None] | Non
 
 
 def _record(version: Version, at: str) -> None:
-    """Write down as facts of a version that it was restored."""
+    """Write down as a fact of a version that it was restored."""
     artifact = version.artifact
     author = artifact.repository.author
 
@@ -254,6 +252,6 @@ def _record(version: Version, at: str) -> None:
         if not version.is_in(state):
             raise NotFoundError(f"{version.address} is not there any more")
         artifact.look_up(state, version.number)
-        return [AnnotateOp(version.number, {RESTORED_AT: at, RESTORED_BY: author.by})]
+        return [AnnotateOp(version.number, {RESTORED: {"at": at, "by": author.by}})]
 
     artifact.open_log().append(author.new_id().hex(), build, author)

@@ -34,6 +34,9 @@ __all__ = ["ORIGIN", "Content", "artifact_id", "difference", "follows", "is_upke
 ORIGIN = "mandapa/origin"
 """The fact of a mirrored version that says where it comes from."""
 
+_LOCAL = "mandapa/"
+"""Facts whose names begin so speak of the bytes here: a mirror neither tells nor compares them."""
+
 _ROOM = 2048  # bytes of a record that are not its ops
 _NESTED = 2048  # bytes of the origin of an origin
 
@@ -64,12 +67,18 @@ def _id(what: bytes, *parts: str) -> str:
 
 def is_upkeep(record: Record) -> bool:
     """Whether a record says nothing of what versions are, only of where they are."""
-    return all(isinstance(op, FenceOp | RepackOp) for op in record.ops)
+    return all(_is_local(op) for op in record.ops)
 
 
 def follows(record: Record) -> bool:
     """Whether a mirror has anything to tell of a record."""
-    return not all(isinstance(op, FenceOp | RepackOp | CloseOp) for op in record.ops)
+    return not all(isinstance(op, CloseOp) or _is_local(op) for op in record.ops)
+
+
+def _is_local(op: Op) -> bool:
+    if isinstance(op, AnnotateOp):
+        return all(name.startswith(_LOCAL) for name in op.facts)
+    return isinstance(op, FenceOp | RepackOp)
 
 
 def origin_of(version: VersionState, repository: str, url: str, artifact: str) -> dict[str, Any]:
@@ -162,7 +171,7 @@ class _Replay:
                         was = self._here.versions[number].root
                         self._say(RepackOp(number, was, content.root, list(content.requires)))
             case AnnotateOp():
-                facts = {name: value for name, value in op.facts.items() if name != ORIGIN}
+                facts = {name: value for name, value in op.facts.items() if not name.startswith(_LOCAL)}
                 if facts:
                     self._bring(op.version)
                     self._say(AnnotateOp(op.version, facts))
@@ -245,8 +254,8 @@ def difference(source: ArtifactState, here: ArtifactState, ours: Container[str])
 
 
 def _facts(version: VersionState) -> dict[str, bytes]:
-    """Comparable, as JSON, without what mirrors note."""
-    return {name: msgspec.json.encode(fact) for name, fact in version.facts.items() if name != ORIGIN}
+    """Comparable, as JSON, without those that are of one repository alone."""
+    return {name: msgspec.json.encode(fact) for name, fact in version.facts.items() if not name.startswith(_LOCAL)}
 
 
 def _named(version: int | None) -> str:

@@ -225,7 +225,7 @@ def test_what_does_not_fit_what_is_known_is_read_from_the_start(store, cache):
     [fact] = [fact for fact in read_logs(repo) if fact.name == name_of(6)]
     known = len(fact.log.records)
     fact.log.append(repo.author.new_id().hex(), lambda _: [AliasOp("mine", 0)], repo.author)
-    for name in ("longer", "ours"):
+    for name in ("ours", "longer"):
         rewind(store, fact.id, known)
         other = opened(store)
         log = other.artifact(name_of(6)).open_log()

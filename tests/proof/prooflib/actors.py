@@ -220,6 +220,8 @@ def _collect_often(me: Actor, place: Place) -> None:
 def _collect(me: Actor, place: Place) -> None:
     for step in Collection(me.open(place), grace=me.world.grace).steps():
         me.world.counts["gc"] += step == "done"
+        if me.slow:
+            me.pause()
 
 
 def mover(me: Actor) -> None:

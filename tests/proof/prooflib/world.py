@@ -157,6 +157,8 @@ class Actor:
         self.name = name
         self.random = random
         self.number = 0
+        self.slow = random.random() < 0.5
+        """It rests between the steps of a clean-up, too."""
         # The index outlives the process, and several of one machine share it.
         self._shares_index = random.random() < 0.5
         self._index = {place: Index(None) for place in (world.home, world.away)}

@@ -323,6 +323,6 @@ def test_nothing_new_costs_a_few_requests(tmp_path):
     commit(source, "a7", x=b"new")
     read, written = requests()
     assert read <= 6 + 4
-    assert written <= 6 + 7
+    assert written <= 6 + 6
     assert max(requests()) <= 6
     check(source, destination)

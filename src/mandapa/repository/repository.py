@@ -353,7 +353,8 @@ class Repository:
         that are removed here stay there. What the destination has of its own under a mirrored name is never touched:
         that artifact is left alone, with the error in the result.
 
-        Costs five requests and one more for each 1,000 records on each side when nothing is new.
+        Costs one request and one for each 1,000 records on each side when nothing is new. Versions of up to 1 MB are copied
+        by up to four artifacts at once; with larger ones, 16 MiB packs by as many threads as the repositories have.
 
         Args:
             destination: Another repository.

@@ -71,11 +71,21 @@ def called(node: ast.Call) -> str:
     return ast.unparse(node.func)
 
 
-def calls() -> Iterator[tuple[str, ast.Call]]:
-    for name, tree in sources().items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                yield f"{name}:{node.lineno}", node
+@cache
+def calls() -> list[tuple[str, ast.Call]]:
+    """Every call, and where it is."""
+    return [
+        (f"{name}:{node.lineno}", node)
+        for name, tree in sources().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+    ]
+
+
+@cache
+def imported() -> list[tuple[str, str, str]]:
+    """File, module and name of everything that is imported."""
+    return [(name, *one) for name, tree in sources().items() for one in imports(tree)]
 
 
 def keyword(node: ast.Call, name: str) -> object:
@@ -92,11 +102,10 @@ def test_the_source_is_there() -> None:
 def test_nothing_that_is_read_is_run() -> None:
     """No unpickling, no eval, no YAML that makes objects, no shell: not by any name that Python has for it."""
     found = []
-    for name, tree in sources().items():
-        for module, member in imports(tree):
-            top = module.partition(".")[0]
-            if top in UNPICKLERS or member in RUNS_CODE.get(top, ()):
-                found.append(f"{name}: from {module} import {member or '*'}")
+    for name, module, member in imported():
+        top = module.partition(".")[0]
+        if top in UNPICKLERS or member in RUNS_CODE.get(top, ()):
+            found.append(f"{name}: from {module} import {member or '*'}")
     for where, node in calls():
         owner, _, method = called(node).rpartition(".")
         if method in RUNS_CODE.get(owner or "builtins", ()) and f"{where.partition(':')[0]} {owner}" not in MAY_RUN:
@@ -124,11 +133,10 @@ def test_what_it_looks_for_is_found() -> None:
 def test_urls_are_never_fetched() -> None:
     """Nothing speaks to a network but the clients of object stores: a URL in a version is text."""
     found = []
-    for name, tree in sources().items():
-        for module, _ in imports(tree):
-            hit = next((one for one in NETWORK if module == one or module.startswith(f"{one}.")), None)
-            if hit is not None and MAY_USE_NETWORK.get(name) != hit:
-                found.append(f"{name}: {module}")
+    for name, module, _ in imported():
+        hit = next((one for one in NETWORK if module == one or module.startswith(f"{one}.")), None)
+        if hit is not None and MAY_USE_NETWORK.get(name) != hit:
+            found.append(f"{name}: {module}")
     assert found == []
 
 
@@ -136,6 +144,8 @@ def test_objects_are_read_up_to_a_limit() -> None:
     """Each whole read of a store says how many bytes it may be; stores around stores pass that on."""
     found = []
     for where, node in calls():
+        if not isinstance(node.func, ast.Attribute) or node.func.attr != "get":
+            continue
         owner, _, method = called(node).rpartition(".")
         is_store = owner.rpartition(".")[2].lstrip("_") in ("store", "place", "patient", "source", "target", "dest")
         if method == "get" and is_store and not any(keyword.arg == "limit" for keyword in node.keywords):

@@ -353,8 +353,9 @@ class Repository:
         that are removed here stay there. What the destination has of its own under a mirrored name is never touched:
         that artifact is left alone, with the error in the result.
 
-        Costs one request and one for each 1,000 records on each side when nothing is new. Versions of up to 1 MB are copied
-        by up to four artifacts at once; with larger ones, 16 MiB packs by as many threads as the repositories have.
+        Costs one request and one for each 1,000 records on each side when nothing is new. Up to four artifacts are
+        mirrored at once, but of versions of more than 1 MB one after the other, each by as many threads as the
+        repositories have: memory is that of one upload and one download.
 
         Args:
             destination: Another repository.

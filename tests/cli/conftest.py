@@ -33,7 +33,8 @@ class Cli:
         assert result.code == code, f"{arguments}: {result.code}, {result.err[-500:]} {result.out[:500]!a}"
         assert "Traceback" not in result.err
         if code > 1:
-            assert result.out == "" or code == 5 or not {"doctor", "drill", "mirror", "sync"}.isdisjoint(map(str, arguments))
+            told = {"doctor", "drill", "mirror", "sync"}
+            assert result.out == "" or code == 5 or not told.isdisjoint(map(str, arguments))
         return result
 
     def json(self, *arguments: str | Path, code: int = 0) -> list[dict[str, Any]]:

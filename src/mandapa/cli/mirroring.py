@@ -24,10 +24,11 @@ __all__ = ["COMMANDS"]
 @common
 @pass_session
 def mirror(session: Session, source: str, destination: str, only: tuple[str, ...]) -> int:
-    """Copy the repository SRC to DST, which is made if nothing is there; later calls bring over what is new.
+    """Copy a repository, and later what is new.
 
-    Versions keep their numbers, digests, messages and names. May be stopped at any time, and run again. Ends with 4
-    when DST has something of its own under a name of SRC: that artifact is left alone, the others are mirrored.
+    DST is made if nothing is there. Versions keep their numbers, digests, messages and names. May be stopped at any
+    time, and run again. Ends with 4 when DST has something of its own under a name of SRC: that artifact is left alone,
+    the others are mirrored.
     """
     import mandapa
 

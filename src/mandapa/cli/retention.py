@@ -226,7 +226,7 @@ def policy() -> None:
 @common
 @pass_session
 def set_(session: Session, /, artifact: str | None, default: bool, **rules: Any) -> None:
-    """Store what stays of an artifact, instead of what was stored before. Deletes nothing.
+    """Store what stays of an artifact. Takes the place of what was stored before; deletes nothing.
 
     'mandapa expire' goes by it, and keeps what it keeps whatever else it is told.
     """

@@ -6,7 +6,6 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
@@ -40,7 +39,7 @@ _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "
 @common
 @pass_session
 def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
-    """Tell what is stored, what of it is shared, what could go, and what it costs. Nothing is changed."""
+    """Tell what is stored, and what it costs. Also what is shared, and what could go; nothing is changed."""
     repo = session.open()
     with Bar("reading", unit="things") as bar:
         usage = repo.usage(by, prices_of(prices_file), progress=bar.counted)
@@ -56,6 +55,8 @@ def prices_of(path: str | None) -> Prices | None:
 
 
 def _value(usage: Usage) -> dict[str, Any]:
+    import msgspec
+
     return {
         "by": usage.by,
         "rows": [_row_value(row) for row in usage.rows],
@@ -67,6 +68,8 @@ def _value(usage: Usage) -> dict[str, Any]:
 
 
 def _row_value(row: Row) -> dict[str, Any]:
+    import msgspec
+
     return {
         "name": row.name,
         **{name: getattr(row, name) for name in _NUMBERS},

@@ -326,7 +326,7 @@ class Log(Generic[State]):
         self._head = len(self.records)
 
     def _head_is_due(self, count: int) -> bool:
-        """Whether a head is worth its put after ``count`` records; a fence alone is no reason, for gc fences all logs."""
+        """Whether a head is worth its put after ``count`` records; a fence alone is no reason: gc fences every log."""
         fence = all(isinstance(op, FenceOp) for op in self.records[count - 1].ops)
         return count - self._head >= (HEAD_EVERY if fence else min(HEAD_EVERY, max(1, count // HEAD_EVERY)))
 

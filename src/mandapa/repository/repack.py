@@ -143,7 +143,7 @@ def apply_repack(
             yield Repacked(step.version, step.stored, step.stored, "it was stored otherwise since the plan was made")
         else:
             yield _Repack(artifact, version, before, step, progress).run()
-        before = artifact.state().versions[version.op.number]
+        before = artifact.state().versions.get(version.op.number)  # of another artifact, if it was made anew meanwhile
     for step in steps.values():
         yield Repacked(step.version, step.stored, step.stored, "it was deleted since the plan was made")
 

@@ -221,18 +221,17 @@ class _Check:
         def readable() -> Iterator[tuple[bytes, int]]:
             for info in self._listed():
                 container = container_of(info.key)
-                if container is None:
-                    continue
+                end = None if container is None else missing.pop(container, None)
+                if container is None or end is None:
+                    continue  # nothing live needs it
                 stored["containers"] += 1
                 stored["bytes"] += info.size
-                end = missing.pop(container, None)
-                if end is not None:
-                    self._count("containers")
-                    if info.size >= end + TRAILER_SIZE:
-                        self._count("bytes", info.size)
-                    else:
-                        self._damage.gone[container] = info.size
-                        self._found("I7", info.key, f"{info.key} is cut: {info.size} bytes")
+                self._count("containers")
+                if info.size >= end + TRAILER_SIZE:
+                    self._count("bytes", info.size)
+                else:
+                    self._damage.gone[container] = info.size
+                    self._found("I7", info.key, f"{info.key} is cut: {info.size} bytes")
                 if named is not None and (chosen is None or chosen.has(container)):
                     yield container, info.size
 

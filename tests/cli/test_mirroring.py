@@ -82,4 +82,4 @@ def test_places_that_are_none(runs, tmp_path):
 
 def test_help_says_it():
     """In one line of the list, under the task."""
-    assert main.commands["mirror"].get_short_help_str(100).startswith("Copy the repository SRC to DST")
+    assert main.commands["mirror"].get_short_help_str(100) == "Copy a repository, and later what is new."

@@ -494,7 +494,7 @@ def test_a_part_of_a_million_chunks_is_refused():
     with pytest.raises(CorruptionError):
         decode_node(stored, hash_, key="meta/x")
     assert time.process_time() - started < 1.5
-    with bounded(seconds=60, megabytes=300), pytest.raises(CorruptionError):  # to trace so many takes several times as long
+    with bounded(seconds=60, megabytes=300), pytest.raises(CorruptionError):  # tracing is what takes long
         decode_node(stored, hash_, key="meta/x")
 
 

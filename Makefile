@@ -49,7 +49,8 @@ test: lint $(VENV)/.azurite $(COMPOSER)/.made
 soak: $(VENV)/.test $(VENV)/.azurite
 	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
 	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py \
-	  tests/run/test_kills.py tests/run/test_dying_uploaders.py
+	  tests/repository/test_mirror_faults.py tests/repository/test_mirror_histories.py tests/run/test_kills.py \
+	  tests/run/test_dying_uploaders.py
 
 soak-hour: $(VENV)/.test
 	@$(BIN)/python tests/proof/soak.py --seconds $(or $(SECONDS),3600)

@@ -19,6 +19,7 @@ from mandapa.testing.server import Knobs, serve
 UNDER_WAY = 5  # packs that may have landed unnoticed: one more than the threads that put
 
 
+@pytest.mark.slow
 def test_kills(tmp_path):
     """To a slow bucket, killed when a part has arrived: the next call sends what had not arrived before."""
     repo = mandapa.open(tmp_path / "runs", create=True, codec="raw")

@@ -15,6 +15,9 @@ MOSAICML := mosaicml==0.32.1
 COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 PEERS_PIP    := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input --quiet
 
+# The tests start hundreds of processes: each would compile all of mandapa where the environment forbids to keep that.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo demo-composer test lint soak soak-hour bench bench-training bench-peers clean
 .DELETE_ON_ERROR:
 

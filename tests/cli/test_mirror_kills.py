@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 import mandapa
 from mandapa.repository.fsck import fsck

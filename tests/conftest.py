@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shutil
@@ -119,3 +120,9 @@ def _uploaders(folder: Path) -> list[int]:
             if b"mandapa.run.uploader" in command and any(word.startswith(os.fsencode(folder)) for word in command):
                 found.append(int(pid))
     return found
+
+
+def pytest_collection_finish():
+    """Thousands of tests are not looked through at each garbage collection."""
+    gc.collect()
+    gc.freeze()

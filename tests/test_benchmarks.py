@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_prints_its_tables(tmp_path: Path) -> None:
     """With next to nothing to do it says nothing of speed; every part of it works."""
     pytest.importorskip("torch")
@@ -41,6 +42,7 @@ def test_the_training_benchmark_prints_its_tables(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("mandapa-bench-*"))
 
 
+@pytest.mark.slow
 def test_the_peers_benchmark_prints_its_tables(tmp_path: Path) -> None:
     """With series of next to nothing it says nothing of speed; every tool that is there restores what it was given."""
     pytest.importorskip("torch")

@@ -85,6 +85,7 @@ def test_demo_and_its_transcript(tmp_path):
     assert not strange
 
 
+@pytest.mark.slow
 def test_demo_goes_on_in_a_repository_that_has_runs(tmp_path):
     """New versions after the old ones, nothing of the old run in them, and a best that nobody beat stays the best."""
     pytest.importorskip("torch")

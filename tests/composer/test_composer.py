@@ -108,10 +108,15 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module")
-def others(lab: Lab) -> dict[str, subprocess.Popen[str]]:
+def others(lab: Lab) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """Trainings in processes of their own, which go on while others are looked at: they import for seconds."""
     lab.go("machine-1")
-    return {"killed": lab.start("killed", 2), "pair": lab.start("pair", 0, ranks=2)}
+    started = {"killed": lab.start("killed", 2), "pair": lab.start("pair", 0, ranks=2)}
+    yield started
+    for process in started.values():  # a worker may have no test that waits for it
+        assert process.stdout is not None
+        if not process.stdout.closed:
+            process.communicate(timeout=120)
 
 
 @pytest.fixture(scope="module")

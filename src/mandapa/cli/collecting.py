@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mandapa.cli.plans import read_plan
+from mandapa.cli.money import money, prices_of, prices_option
+from mandapa.cli.plans import one_way, plan_options, read_plan, write_plan
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, ranges, size, table
-from mandapa.cli.usage import money, prices_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,16 +29,8 @@ _WEEK = 7 * 86_400
 @click.option(
     "--grace", type=click.FloatRange(min=0), metavar="SECONDS", help="How long what was deleted stays: 7 days."
 )
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
-@click.option("--apply", "apply_file", type=click.Path(dir_okay=False), metavar="FILE", help="Do it.")
-@click.option("--yes", is_flag=True, help="Plan, and do it.")
-@click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
-)
+@plan_options
+@prices_option
 @common
 @pass_session
 def gc(
@@ -57,8 +49,7 @@ def gc(
     from mandapa.repository.garbage import GcPlan
     from mandapa.repository.prices import Prices
 
-    if sum([plan_file is not None, apply_file is not None, yes]) > 1:
-        raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
+    one_way(plan_file, apply_file, yes)
     plan = None
     if apply_file is not None:
         plan = GcPlan.from_json(read_plan(apply_file))
@@ -76,8 +67,7 @@ def gc(
         return
     plan = repo.plan_gc() if grace is None else repo.plan_gc(grace=grace)
     if plan_file is not None:
-        with open(plan_file, "wb") as out:
-            out.write(plan.to_json())
+        write_plan(plan_file, plan)
     words = ["--apply", plan_file] if plan_file else ["--yes", *([] if grace is None else ["--grace", f"{grace:g}"])]
     again = shlex.join(["mandapa", "gc", *words])
     prices = prices_of(prices_file) or Prices.of(repo.url)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mandapa.cli.plans import read_plan
+from mandapa.cli.plans import one_way, read_plan, write_plan
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table
@@ -31,8 +31,7 @@ def repack(session: Session, artifact: str, plan_file: str | None, apply_file: s
     """
     from mandapa.repository.repack import RepackPlan
 
-    if sum([plan_file is not None, apply_file is not None, yes]) > 1:
-        raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
+    one_way(plan_file, apply_file, yes)
     target = session.open().artifact(artifact)
     if apply_file is not None:
         plan = RepackPlan.from_json(read_plan(apply_file))
@@ -40,8 +39,7 @@ def repack(session: Session, artifact: str, plan_file: str | None, apply_file: s
         plan = target.plan_repack()
     if apply_file is None and not yes:
         if plan_file is not None:
-            with open(plan_file, "wb") as file:
-                file.write(plan.to_json())
+            write_plan(plan_file, plan)
         session.emit(_plan_value(plan), lambda: _plan_text(plan, plan_file))
         return
     with Bar("storing", sum([step.expected for step in plan.steps])) as bar:

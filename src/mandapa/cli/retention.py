@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mandapa.cli.plans import read_plan
+from mandapa.cli.money import money, prices_of, prices_option
+from mandapa.cli.plans import one_way, plan_options, read_plan, write_plan
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, ranges, size, table, time
-from mandapa.cli.usage import money, prices_of
 
 if TYPE_CHECKING:
     from mandapa.repository.policy import Policy
@@ -55,16 +55,8 @@ def _policy(rules: dict[str, Any]) -> Policy | None:
 @click.argument("artifacts", nargs=-1, metavar="[ARTIFACT]...")
 @click.option("--all", "every", is_flag=True, help="All artifacts; without rules, those that have a policy.")
 @_rules
-@click.option("--plan", "plan_file", type=click.Path(dir_okay=False), metavar="FILE", help="Write the plan to FILE.")
-@click.option("--apply", "apply_file", type=click.Path(dir_okay=False), metavar="FILE", help="Do it.")
-@click.option("--yes", is_flag=True, help="Plan, and do it.")
-@click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
-)
+@plan_options
+@prices_option
 @common
 @pass_session
 def expire(
@@ -87,8 +79,7 @@ def expire(
     from mandapa.repository.retention import ExpirePlan, apply_expire
 
     context = click.get_current_context()
-    if sum([plan_file is not None, apply_file is not None, yes]) > 1:
-        raise click.UsageError("one of --plan, --apply, --yes", context)
+    one_way(plan_file, apply_file, yes)
     policy = _policy(rules)
     if apply_file is not None:
         if artifacts or every or policy is not None:
@@ -111,8 +102,7 @@ def expire(
                 session.emit({"versions": [_value(one) for one in done]}, lambda: _text(done))
         return
     if plan_file is not None:
-        with open(plan_file, "wb") as file:
-            file.write(plan.to_json())
+        write_plan(plan_file, plan)
     words = ["--all"] if every else list(artifacts)
     words += [] if policy is None else policy.words()
     go_on = shlex.join(["mandapa", "expire", *(["--apply", plan_file] if plan_file else [*words, "--yes"])])

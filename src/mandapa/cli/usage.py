@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from mandapa.cli.money import money, prices_of, prices_option
 from mandapa.cli.progress import Bar
 from mandapa.cli.session import Session, common, pass_session
 from mandapa.cli.text import clean, count, size, table
 
 if TYPE_CHECKING:
-    from mandapa.repository.prices import Prices
     from mandapa.repository.usage import By, Row, Usage
 
-__all__ = ["COMMANDS", "money", "prices_of"]
+__all__ = ["COMMANDS"]
 
 _LINES = 40
 _WORTH = 100
@@ -29,13 +28,7 @@ _NUMBERS = ("versions", "deleted", "logical", "stored", "shared", "exclusive", "
     "--by", type=click.Choice(["artifact", "run", "month"]), default="artifact", help="What a row stands for."
 )
 @click.option("--all", "all_", is_flag=True, help=f"Every row, not only the {_LINES} largest.")
-@click.option(
-    "--prices",
-    "prices_file",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="Prices in TOML or JSON (else MANDAPA_PRICES, else list prices).",
-)
+@prices_option
 @common
 @pass_session
 def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
@@ -44,14 +37,6 @@ def du(session: Session, by: By, all_: bool, prices_file: str | None) -> None:
     with Bar("reading", unit="things") as bar:
         usage = repo.usage(by, prices_of(prices_file), progress=bar.counted)
     session.emit(_value(usage), lambda: _text(usage, None if all_ else _LINES))
-
-
-def prices_of(path: str | None) -> Prices | None:
-    """The prices of a file, else of the one that ``MANDAPA_PRICES`` names, if any."""
-    from mandapa.repository.prices import Prices
-
-    path = path or os.environ.get("MANDAPA_PRICES")
-    return Prices.load(path) if path else None
 
 
 def _value(usage: Usage) -> dict[str, Any]:
@@ -103,12 +88,6 @@ def _text(usage: Usage, most: int | None) -> str:
 def _cells(row: Row, name: str) -> list[str]:
     sizes = [row.logical, row.stored, row.shared, row.exclusive, row.reclaimable]
     return [name, f"{row.versions:,}", *map(size, sizes), f"{row.objects:,}"]
-
-
-def money(amount: float, prices: Prices) -> str:
-    """An amount in the currency of prices."""
-    number = f"{amount:,.2f}" if amount >= 0.995 or amount == 0 else f"{amount:.2g}" if amount >= 1e-4 else "0.00"
-    return f"{number} {clean(prices.currency)}"
 
 
 def _priced(usage: Usage) -> str:

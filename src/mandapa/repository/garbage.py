@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
 
 import msgspec
 
 from mandapa.errors import CorruptionError, FormatVersionError, InvalidInputError, NotFoundError
 from mandapa.format.keys import may_be_swept
 from mandapa.format.records import RepackOp, Root
-from mandapa.format.strict import INT_MAX, told
+from mandapa.format.strict import INT_MAX
 from mandapa.repository.logs import LogFacts
 from mandapa.repository.marking import Look
+from mandapa.repository.plan import Plan
 from mandapa.repository.rewrite import HalfDead, RewritePlan, plan_rewrite
 
 if TYPE_CHECKING:
@@ -36,8 +37,10 @@ class Share(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Its deleted versions that cannot be brought back any more when this is gone."""
 
 
-class GcPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class GcPlan(Plan, tag="gc", frozen=True, kw_only=True):
     """What a gc would delete; as JSON it can be kept, read and applied later."""
+
+    of: ClassVar[str] = "'mandapa gc'"
 
     repository: _Id
     grace: Annotated[float, msgspec.Meta(ge=0)]
@@ -50,7 +53,6 @@ class GcPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Packs of which little is needed: what is, is stored anew, and a later gc frees them."""
     rewritten: _Count = 0
     """Bytes that are put for that, about."""
-    kind: str = "gc"
 
     @property
     def freed(self) -> int:
@@ -62,28 +64,13 @@ class GcPlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Bytes that the gc after this one can free, for what is needed of half-dead packs is stored anew."""
         return sum([pack.size for pack in self.half_dead])
 
-    def to_json(self) -> bytes:
-        """One line of JSON."""
-        return msgspec.json.encode(self) + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> GcPlan:
-        """A plan from what `to_json` gave.
-
-        Raises:
-            InvalidInputError: It is none, or names an object that no gc may delete.
-        """
-        try:
-            plan = msgspec.json.decode(data, type=cls)
-            RewritePlan.from_json(RewritePlan(plan.repository, plan.half_dead, 0, 0).to_json())
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInputError(f"not a plan of 'mandapa gc --plan': {told(error)}") from None
-        if plan.kind != "gc":
-            raise InvalidInputError(f"a plan of {plan.kind[:40]!r}, not of 'mandapa gc'")
-        wrong = next((key for key in plan.objects if not may_be_swept(key)), None)
+    def check(self) -> None:
+        """Refuse a plan that names an object that no gc may delete."""
+        for pack in self.half_dead:
+            pack.check()
+        wrong = next((key for key in self.objects if not may_be_swept(key)), None)
         if wrong is not None:
             raise InvalidInputError(f"a plan that names {wrong[:80]!r}, which no gc may delete")
-        return plan
 
 
 def merged(shares: Iterable[Share]) -> tuple[Share, ...]:

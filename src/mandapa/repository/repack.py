@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -20,6 +20,7 @@ from mandapa.content.upload import Upload
 from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError
 from mandapa.format.manifest import BASES_MAX, UrlRow
 from mandapa.repository.move import Move, StaleError
+from mandapa.repository.plan import Plan
 from mandapa.repository.state import ArtifactState, VersionState
 from mandapa.repository.version import root_of
 
@@ -53,33 +54,15 @@ class Step(msgspec.Struct, frozen=True):
     """What they would take, from a sample."""
 
 
-class RepackPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RepackPlan(Plan, tag="repack", frozen=True):
     """What a repack of an artifact would do; as JSON it can be kept, read and applied later."""
+
+    of: ClassVar[str] = "'mandapa repack'"
 
     artifact: str
     repository: str
     """Its id."""
     steps: tuple[Step, ...]
-    kind: str = "repack"
-
-    def to_json(self) -> bytes:
-        """One line of JSON."""
-        return msgspec.json.encode(self) + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> RepackPlan:
-        """A plan from what `to_json` gave.
-
-        Raises:
-            InvalidInputError: It is none.
-        """
-        try:
-            plan = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInputError(f"not a plan of 'mandapa repack --plan': {error}") from None
-        if plan.kind != "repack":
-            raise InvalidInputError(f"a plan of {plan.kind!r}, not of 'mandapa repack'")
-        return plan
 
 
 @dataclass(frozen=True, slots=True)

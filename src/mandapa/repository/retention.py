@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
@@ -17,10 +17,11 @@ from mandapa.address import parse_address
 from mandapa.errors import FormatVersionError, InvalidInputError, MandapaError, NotFoundError
 from mandapa.format.keys import log_key
 from mandapa.format.records import AliasOp, DeleteOp, Op, Record, RegisterOp, RenameOp, TagOp, UndeleteOp
-from mandapa.format.strict import INT_MAX, told
+from mandapa.format.strict import INT_MAX
 from mandapa.repository.freeing import Place, freed
 from mandapa.repository.logs import LogFacts, read_logs
 from mandapa.repository.marking import store_time
+from mandapa.repository.plan import Plan
 from mandapa.repository.policy import Policy, keeps, policy_of
 from mandapa.repository.state import ArtifactState
 
@@ -73,8 +74,10 @@ class ArtifactPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stays: tuple[Staying, ...]
 
 
-class ExpirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ExpirePlan(Plan, tag="expire", frozen=True, kw_only=True):
     """What an expire would delete, and what it would keep and why; as JSON it can be kept, read and applied later."""
+
+    of: ClassVar[str] = "'mandapa expire'"
 
     repository: _Id
     artifacts: tuple[ArtifactPlan, ...]
@@ -88,35 +91,18 @@ class ExpirePlan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Of ``freed``, the bytes in those."""
     unread: tuple[str, ...] = ()
     """Addresses of live versions whose manifest cannot be read: then the bytes are about right at best."""
-    kind: str = "expire"
 
     @property
     def requests(self) -> int:
         """How many requests deleting takes, when nobody else commits, besides reading the logs."""
         return sum([2 for part in self.artifacts for _ in _batches(part.goes)])
 
-    def to_json(self) -> bytes:
-        """One line of JSON."""
-        return msgspec.json.encode(self) + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> ExpirePlan:
-        """A plan from what `to_json` gave.
-
-        Raises:
-            InvalidInputError: It is none.
-        """
-        try:
-            plan = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInputError(f"not a plan of 'mandapa expire --plan': {told(error)}") from None
-        if plan.kind != "expire":
-            raise InvalidInputError(f"a plan of {plan.kind[:40]!r}, not of 'mandapa expire'")
-        ids = [part.artifact for part in plan.artifacts]
-        twice = any(len({one.version for one in part.goes}) < len(part.goes) for part in plan.artifacts)
+    def check(self) -> None:
+        """Refuse a plan that names something twice."""
+        ids = [part.artifact for part in self.artifacts]
+        twice = any(len({one.version for one in part.goes}) < len(part.goes) for part in self.artifacts)
         if twice or len(set(ids)) < len(ids):
             raise InvalidInputError("a plan that names an artifact, or a version, twice")
-        return plan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -191,12 +177,7 @@ def apply_expire(repo: Repository, plan: ExpirePlan) -> Iterator[Expired]:
     judged: dict[str, _Judge] = {}
     for part in plan.artifacts:
         fact = world.facts.get(part.artifact)
-        records = [] if fact is None else fact.log.records
-        if (
-            fact is None
-            or len(records) < part.records
-            or (part.records and records[part.records - 1].seal != part.seal)
-        ):
+        if fact is None or not _knows(fact, part):
             raise InvalidInputError(f"the plan was made of another history of {part.name!r}: plan again")
         if not _removed(fact):
             judged[part.artifact] = _Judge(world, part.artifact, _policies(world, fact, part.policy))

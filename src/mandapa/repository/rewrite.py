@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from mandapa.format.records import CloseOp
 from mandapa.repository.log import Log
 from mandapa.repository.logs import LogFacts, read_logs
 from mandapa.repository.move import CondemnedError, Move, StaleError
+from mandapa.repository.plan import Plan
 from mandapa.repository.reach import Reach
 from mandapa.repository.state import ArtifactState, VersionState
 from mandapa.repository.version import root_of
@@ -61,9 +62,15 @@ class HalfDead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     used: int
     """Those that live versions need."""
 
+    def check(self) -> None:
+        """Refuse a key that is none of a container."""
+        _container(self.key)
 
-class RewritePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+
+class RewritePlan(Plan, tag="rewrite", frozen=True):
     """What rewriting packs would free, and what it takes; as JSON it can be kept, read and applied later."""
+
+    of: ClassVar[str] = "rewriting packs"
 
     repository: str
     """Its id."""
@@ -73,7 +80,6 @@ class RewritePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bytes of manifest nodes that would be made anew."""
     versions: int
     """How many versions would move."""
-    kind: str = "rewrite"
 
     @property
     def keys(self) -> list[str]:
@@ -90,26 +96,10 @@ class RewritePlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Bytes that are put for that, about."""
         return sum([pack.used for pack in self.packs]) + self.manifests + self.versions * _VERSION
 
-    def to_json(self) -> bytes:
-        """One line of JSON."""
-        return msgspec.json.encode(self) + b"\n"
-
-    @classmethod
-    def from_json(cls, data: bytes) -> RewritePlan:
-        """A plan from what `to_json` gave.
-
-        Raises:
-            InvalidInputError: It is none.
-        """
-        try:
-            plan = msgspec.json.decode(data, type=cls)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise InvalidInputError(f"not a plan of rewriting packs: {error}") from None
-        if plan.kind != "rewrite":
-            raise InvalidInputError(f"a plan of {plan.kind!r}, not of rewriting packs")
-        for pack in plan.packs:
-            _container(pack.key)
-        return plan
+    def check(self) -> None:
+        """Refuse a plan that names anything but containers."""
+        for pack in self.packs:
+            pack.check()
 
 
 def plan_rewrite(

@@ -43,6 +43,7 @@ FOLDERS = 64
 
 READ_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 CREATE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_TRIES = 4
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _LEFTOVER = re.compile(r"\.mandapa-[0-9a-f]{16}-[0-9]+(A\u00e9)?\.tmp")
 _PART = re.compile(r"\.mandapa-[0-9a-f]{32}\.part")
@@ -152,7 +153,7 @@ class Folders:
     @staticmethod
     def _enter(above: Folder, name: str) -> Folder:
         path = f"{above.path}/{name}"
-        for _ in range(2):
+        for _ in range(_TRIES):
             try:
                 return Folder(os.open(name, _FOLDER_FLAGS, dir_fd=above.fd), path)
             except FileNotFoundError:
@@ -162,10 +163,10 @@ class Folders:
                 except OSError as error:
                     raise explain_write(error, path) from error
             except OSError as error:
-                if error.errno in (errno.ELOOP, errno.ENOTDIR):
-                    _refuse(above, name, path)
-                raise explain_write(error, path) from error
-        raise StorageError(f"{path} cannot be made: something removes it", retryable=True)
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise explain_write(error, path) from error
+                _refuse(above, name, path)
+        raise StorageError(f"{path} cannot be made: something removes or replaces it", retryable=True)
 
 
 def _is_repository(folder: Folder) -> bool:
@@ -188,12 +189,15 @@ def _is_repository(folder: Folder) -> bool:
 
 
 def _refuse(above: Folder, name: str, path: str) -> None:
-    with suppress(FileNotFoundError):
-        if stat.S_ISLNK(os.stat(name, dir_fd=above.fd, follow_symlinks=False).st_mode):
-            raise SecurityError(
-                f"{path} is a symbolic link, where a folder is needed: remove it, or use another folder"
-            )
-    raise InvalidInputError(f"{path} is a file, where a folder is needed: remove it, or use another folder")
+    """Refuse what is there instead of a folder; nothing, when something has put another thing there meanwhile."""
+    try:
+        mode = os.stat(name, dir_fd=above.fd, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise SecurityError(f"{path} is a symbolic link, where a folder is needed: remove it, or use another folder")
+    if not stat.S_ISDIR(mode):
+        raise InvalidInputError(f"{path} is a file, where a folder is needed: remove it, or use another folder")
 
 
 def folding(top: Folder) -> Callable[[str], str] | None:

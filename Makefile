@@ -3,7 +3,6 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 # Composer wants older releases of other packages than the rest: it has an environment of its own.
 COMPOSER := .venv-composer
 # The tools beside which we measure want many packages that nothing else here needs.
@@ -12,8 +11,8 @@ PEERS    := .venv-bench
 TORCH    := torch==2.13.0
 MOSAICML := mosaicml==0.32.1
 
-COMPOSER_PIP := $(COMPOSER)/bin/python -m pip --disable-pip-version-check --no-input --quiet
-PEERS_PIP    := $(PEERS)/bin/python -m pip --disable-pip-version-check --no-input --quiet
+# Python compiles what is imported when it is first imported, a small part of what pip would compile.
+INSTALL := -m pip --disable-pip-version-check --no-input --quiet install --no-compile
 
 # The tests start hundreds of processes: each would compile all of mandapa where the environment forbids to keep that.
 export PYTHONDONTWRITEBYTECODE :=
@@ -45,7 +44,9 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-test: lint $(VENV)/.azurite $(COMPOSER)/.made
+test:
+	@$(MAKE) --no-print-directory --jobs 3 $(VENV)/.test $(VENV)/.azurite $(COMPOSER)/.made
+	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
 	$(COMPOSER)/bin/python -m pytest -n 2 -m 'not slow' tests/composer
 
@@ -80,19 +81,19 @@ new_enough = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || 
 $(VENV)/.pip:
 	@$(new_enough)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --upgrade 'pip>=25.1'
+	$(BIN)/python $(INSTALL) --upgrade 'pip>=25.1'
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.pip pyproject.toml
-	$(PIP) install $(TORCH) -e '.[demo]'
+	$(BIN)/python $(INSTALL) $(TORCH) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.pip pyproject.toml
-	$(PIP) install $(TORCH) -e '.[aws,demo]' --group test --group lint
+	$(BIN)/python $(INSTALL) $(TORCH) -e '.[aws,demo]' --group test --group lint
 	@touch $@
 
 # Azure's emulator needs node; where there is none, its tests say that they are skipped.
-$(VENV)/.azurite: $(VENV)/.test $(wildcard tests/azurite/package.json)
+$(VENV)/.azurite: $(VENV)/.pip $(wildcard tests/azurite/package.json)
 	@if command -v npm >/dev/null && test -f tests/azurite/package.json; then \
 	  npm install --prefix tests/azurite --no-package-lock --no-audit --no-fund --silent || \
 	    echo 'azurite could not be installed: the tests that need it are skipped' >&2; \
@@ -104,18 +105,18 @@ $(VENV)/.azurite: $(VENV)/.test $(wildcard tests/azurite/package.json)
 $(COMPOSER)/.made: pyproject.toml $(shell find tests/composer/torchvision-stub -name '*.py' -o -name '*.toml')
 	@$(new_enough)
 	test -x $(COMPOSER)/bin/python || $(PYTHON) -m venv $(COMPOSER)
-	$(COMPOSER_PIP) install --upgrade 'pip>=25.1'
-	$(COMPOSER_PIP) install $(TORCH)
-	$(COMPOSER_PIP) install $(TORCH) -e . --group composer
-	$(COMPOSER_PIP) install --no-deps $(MOSAICML)
-	$(COMPOSER_PIP) install --no-deps --force-reinstall ./tests/composer/torchvision-stub
+	$(COMPOSER)/bin/python $(INSTALL) --upgrade 'pip>=25.1'
+	$(COMPOSER)/bin/python $(INSTALL) $(TORCH)
+	$(COMPOSER)/bin/python $(INSTALL) $(TORCH) -e . --group composer
+	$(COMPOSER)/bin/python $(INSTALL) --no-deps $(MOSAICML)
+	$(COMPOSER)/bin/python $(INSTALL) --no-deps --force-reinstall ./tests/composer/torchvision-stub
 	@touch $@
 
 # restic and borg are the system's: where they are not installed, they are left out. So is ZipNN where it cannot be built.
 $(PEERS)/.made: pyproject.toml
 	@$(new_enough)
 	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
-	$(PEERS_PIP) install --upgrade 'pip>=25.1'
-	$(PEERS_PIP) install $(TORCH) -e . --group bench
-	$(PEERS_PIP) install 'zipnn>=0.5' || echo 'zipnn could not be built: it is left out' >&2
+	$(PEERS)/bin/python $(INSTALL) --upgrade 'pip>=25.1'
+	$(PEERS)/bin/python $(INSTALL) $(TORCH) -e . --group bench
+	$(PEERS)/bin/python $(INSTALL) 'zipnn>=0.5' || echo 'zipnn could not be built: it is left out' >&2
 	@touch $@

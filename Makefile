@@ -47,11 +47,11 @@ lint: $(VENV)/.test
 test:
 	@$(MAKE) --no-print-directory --jobs 3 $(VENV)/.test $(VENV)/.azurite $(COMPOSER)/.made
 	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n 2 -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
-	$(COMPOSER)/bin/python -m pytest -n 2 -m 'not slow' tests/composer
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
+	$(COMPOSER)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests/composer
 
 soak: $(VENV)/.test $(VENV)/.azurite
-	$(BIN)/python -m pytest -n 2 -m slow --timeout 3600 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --timeout 3600 tests
 	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py \
 	  tests/repository/test_mirror_faults.py tests/repository/test_mirror_histories.py tests/run/test_kills.py \
 	  tests/run/test_dying_uploaders.py

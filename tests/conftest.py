@@ -16,6 +16,14 @@ from pathlib import Path
 
 import pytest
 
+MEMORY = "/dev/shm"
+
+
+def pytest_configure() -> None:
+    """Tests write thousands of files, and fsync them: in memory, where there is room for the few that are kept."""
+    if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -74,6 +82,13 @@ def door(place: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
 
 
 @pytest.fixture
+def disk() -> Iterator[Path]:
+    """A folder that is not in shared memory, unless the system keeps all temporary files there."""
+    with tempfile.TemporaryDirectory(prefix="mandapa-test-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
 def place() -> Iterator[Path]:
     """A folder for runs, where fsync costs nothing if there is such a place; gone at the end, with its uploaders."""
     with _place() as folder:
@@ -89,8 +104,7 @@ def shared_place() -> Iterator[Path]:
 
 @contextmanager
 def _place() -> Iterator[Path]:
-    memory = "/dev/shm"
-    folder = Path(tempfile.mkdtemp(prefix="mandapa-test-", dir=memory if os.access(memory, os.W_OK) else None))
+    folder = Path(tempfile.mkdtemp(prefix="mandapa-test-", dir=MEMORY if os.access(MEMORY, os.W_OK) else None))
     try:
         yield folder
     finally:
@@ -122,7 +136,7 @@ def _uploaders(folder: Path) -> list[int]:
     return found
 
 
-def pytest_collection_finish():
+def pytest_collection_finish() -> None:
     """Thousands of tests are not looked through at each garbage collection."""
     gc.collect()
     gc.freeze()

@@ -221,9 +221,9 @@ def committed_steps(lab: Lab) -> list[int]:
     return [version.metadata["step"] for version in lab.versions() if "step" in version.metadata]
 
 
-def test_a_tiny_shared_memory(tmp_path: Path) -> None:
+def test_a_tiny_shared_memory(disk: Path) -> None:
     """As containers have it: the memory is a file beside the run, for trainer and uploader alike."""
-    program = tmp_path / "program.py"
+    program = disk / "program.py"
     program.write_text(
         "import os, numpy\n"
         "from mandapa import CheckpointSaver, Run\n"
@@ -238,7 +238,7 @@ def test_a_tiny_shared_memory(tmp_path: Path) -> None:
     command = 'mount -t tmpfs -o size=1m tmpfs /dev/shm || exit 77; exec "$0" -W error program.py'
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command, sys.executable],
-        cwd=tmp_path,
+        cwd=disk,
         capture_output=True,
         text=True,
         timeout=90,
@@ -249,7 +249,7 @@ def test_a_tiny_shared_memory(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert len(lines) == 3
     assert lines[0] == lines[1] == lines[2] != "[]"
-    until(lambda: not [name for name in os.listdir(tmp_path / "mandapa-runs/net/.run") if name.endswith(".slot")])
+    until(lambda: not [name for name in os.listdir(disk / "mandapa-runs/net/.run") if name.endswith(".slot")])
 
 
 def test_the_benchmark_prints_its_table() -> None:

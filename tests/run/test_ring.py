@@ -33,9 +33,9 @@ from mandapa.run.serial import Outline
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Iterator[RunDirectory]:
-    yield RunDirectory(tmp_path / "net", "net")
-    give_back(tmp_path)
+def directory(disk: Path) -> Iterator[RunDirectory]:
+    yield RunDirectory(disk / "net", "net")
+    give_back(disk)
 
 
 @pytest.fixture

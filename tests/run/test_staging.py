@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,15 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def memory() -> Iterator[Path]:
+def elsewhere_for_real(tmp_path: Path) -> Iterator[Path]:
     """A folder that really is on another file system than ``tmp_path``."""
-    with_it = Path("/dev/shm", f"mandapa-staging-{os.getpid()}")
-    if not os.access("/dev/shm", os.W_OK):
-        pytest.skip("no second file system")
-    with_it.mkdir()
-    yield with_it
-    for path in sorted(with_it.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
-    with_it.rmdir()
+    own = tmp_path.stat().st_dev
+    for parent in (tempfile.gettempdir(), "/dev/shm"):
+        if os.access(parent, os.W_OK) and os.stat(parent).st_dev != own:
+            with tempfile.TemporaryDirectory(prefix="mandapa-staging-", dir=parent) as folder:
+                yield Path(folder)
+            return
+    pytest.skip("no second file system")
 
 
 def staged(directory: RunDirectory) -> list[str]:
@@ -163,16 +163,16 @@ def test_another_file_system_is_copied_from(own: Staging, tmp_path: Path, way: A
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_real_other_file_systems(own: Staging, memory: Path, way: Any) -> None:
-    """A file, a folder and a file that grows, in memory, for a run on a disk."""
-    (memory / "a").write_bytes(b"abc")
-    path, _ = own.take(str(memory / "a"), way)
+def test_real_other_file_systems(own: Staging, elsewhere_for_real: Path, way: Any) -> None:
+    """A file, a folder and a file that grows, on a disk, for a run in memory, or the other way round."""
+    (elsewhere_for_real / "a").write_bytes(b"abc")
+    path, _ = own.take(str(elsewhere_for_real / "a"), way)
     assert Path(path).read_bytes() == b"abc"
-    path, size = own.take_folder(str(make(memory)), way)
+    path, size = own.take_folder(str(make(elsewhere_for_real)), way)
     assert (contents(path), size) == (FILES, 19)
-    (memory / "log").write_bytes(b"line\n")
-    path, size = own.grow(str(memory / "log"))
-    assert (path, size) == (str(memory / "log"), 5)
+    (elsewhere_for_real / "log").write_bytes(b"line\n")
+    path, size = own.grow(str(elsewhere_for_real / "log"))
+    assert (path, size) == (str(elsewhere_for_real / "log"), 5)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,9 +12,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from mandapa.object_store.probe import probe
 
 MEMORY = "/dev/shm"
 
@@ -32,6 +35,14 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv("MANDAPA_REPO", raising=False)
         patch.delenv("MANDAPA_DEBUG", raising=False)
         patch.setenv("MANDAPA_CACHE", str(tmp_path_factory.mktemp("mandapa-cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_probes() -> Iterator[None]:
+    """Tests make thousands of repositories: to each store a few questions, of all that a probe asks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mandapa.repository.repository.probe", partial(probe, racers=2, rounds=1))
         yield
 
 

@@ -154,6 +154,7 @@ def test_overrides_are_yaml(example):
     assert [type(logger).__name__ for logger in example.make_loggers(config["loggers"])] == ["FileLogger"]
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_equal_weights(place):
     """And shows how it came to that."""
     call = [sys.executable, str(ROOT / "examples/composer_demo.py")]

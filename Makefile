@@ -50,8 +50,9 @@ test:
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
 	$(COMPOSER)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests/composer
 
-soak: $(VENV)/.test $(VENV)/.azurite
+soak: $(VENV)/.test $(VENV)/.azurite $(COMPOSER)/.made
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow --timeout 3600 tests
+	$(COMPOSER)/bin/python -m pytest -m slow tests/composer
 	MANDAPA_SOAK=1 $(BIN)/python -m pytest -n 2 --timeout 7200 tests/proof tests/repository/test_machine.py \
 	  tests/repository/test_mirror_faults.py tests/repository/test_mirror_histories.py tests/run/test_kills.py \
 	  tests/run/test_dying_uploaders.py

@@ -266,5 +266,5 @@ def test_a_store_that_would_lose_versions_is_refused(monkeypatch):
     assert repo.settings()["writers"] == "single"
     assert repo.settings()["probe"]["verdict"] == "refused"
     with repo.artifact("net").transaction() as txn:
-        txn.add_bytes(b"w", "w")
+        txn.add_bytes("w", b"w")
     assert read(repo["net:latest"]) == {"w": b"w"}

@@ -45,9 +45,8 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports --no-logo
 
 test:
-	@$(MAKE) --no-print-directory --jobs 3 $(VENV)/.test $(VENV)/.azurite $(COMPOSER)/.made
-	@$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
+	@$(MAKE) --no-print-directory --jobs 3 lint $(VENV)/.azurite $(COMPOSER)/.made
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow' --doctest-modules tests src --ignore-glob '*/trainers/composer*'
 	$(COMPOSER)/bin/python -m pytest -n 2 --dist worksteal -m 'not slow' tests/composer
 
 soak: $(VENV)/.test $(VENV)/.azurite $(COMPOSER)/.made

@@ -98,6 +98,7 @@ def test_the_benchmark_of_clean_ups_prints_its_table(tmp_path: Path) -> None:
     assert [row[creates] for row in rows[2:]] == ["5", "5", "0"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_usage_runs(tmp_path: Path) -> None:
     """Both shapes and both commands, with next to no versions."""
     script = Path(__file__).parents[1] / "benchmarks" / "usage.py"

@@ -38,6 +38,7 @@ def run(folder, *arguments):
 QUICK = ["trainer.progress_bar=false", "trainer.max_duration=1ep", "data.batch_size=256", "model.hidden=16"]
 
 
+@pytest.mark.slow
 def test_the_example_makes_versions(place):
     """Everything is in a version, without secrets; what is done is left alone when it is started again."""
     url = str(place / "repo")

@@ -252,6 +252,7 @@ def test_a_tiny_shared_memory(disk: Path) -> None:
     until(lambda: not [name for name in os.listdir(disk / "mandapa-runs/net/.run") if name.endswith(".slot")])
 
 
+@pytest.mark.slow
 def test_the_benchmark_prints_its_table() -> None:
     """With little to save it says nothing of speed."""
     script = Path(__file__).parents[2] / "benchmarks" / "save_stall.py"

@@ -83,6 +83,7 @@ def _plan_value(plan: GcPlan, prices: Prices) -> dict[str, Any]:
         "half_dead": len(plan.half_dead),
         "rewritten": plan.rewritten,
         "later": plan.later,
+        "waiting": plan.waiting,
         "month": prices.cost(stored=plan.freed).month,
         "currency": prices.currency,
     }
@@ -93,8 +94,9 @@ def _share_value(share: Share) -> dict[str, Any]:
 
 
 def _plan_text(plan: GcPlan, prices: Prices, again: str) -> str:
+    lately = f"deleted less than {_span(plan.grace)} ago"
     if not plan.objects and not plan.half_dead:
-        return "nothing to free"
+        return f"nothing to free yet: {size(plan.waiting)} were {lately}" if plan.waiting else "nothing to free"
     lines = [_shares_text(plan.shares, "cannot be brought back then")] if plan.shares else []
     month = f", {money(prices.cost(stored=plan.freed).month, prices)} a month" if prices.storage_gb_month else ""
     lines.append(f"{count(len(plan.objects), 'object')}, {size(plan.freed)}{month}, would be freed; nothing was done")
@@ -103,7 +105,13 @@ def _plan_text(plan: GcPlan, prices: Prices, again: str) -> str:
             f"{count(len(plan.half_dead), 'pack')} of {size(plan.later)}, of which little is needed, would be freed by "
             f"a later one; about {size(plan.rewritten)} would be stored anew for that"
         )
+    if plan.waiting:
+        lines.append(f"{size(plan.waiting)} more were {lately}, and stay")
     return "\n".join([*lines, f"do it: {clean(again)}"])
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds / 86_400:g} days" if seconds >= 86_400 else f"{seconds:g} seconds"
 
 
 def _shares_text(shares: Sequence[Share], meaning: str) -> str:

@@ -53,6 +53,8 @@ class GcPlan(Plan, tag="gc", frozen=True, kw_only=True):
     """Packs of which little is needed: what is, is stored anew, and a later gc frees them."""
     rewritten: _Count = 0
     """Bytes that are put for that, about."""
+    waiting: _Count = 0
+    """Bytes that only versions need that were deleted within the grace: a later gc frees them."""
 
     @property
     def freed(self) -> int:
@@ -99,6 +101,7 @@ def plan_gc(repository: Repository, grace: float) -> GcPlan:
     found = look.unreached()
     rewriting = half_dead(look)
     shares = Owners(look, found.keys()).shares(found)
+    waiting = look.waiting()
     look.marks.reach.close()
     return GcPlan(
         repository=repository.id,
@@ -107,6 +110,7 @@ def plan_gc(repository: Repository, grace: float) -> GcPlan:
         shares=shares,
         half_dead=rewriting.packs,
         rewritten=rewriting.written,
+        waiting=sum(waiting.values()),
     )
 
 

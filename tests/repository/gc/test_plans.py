@@ -76,6 +76,23 @@ def test_versions_that_are_named_are_those_that_are_lost(place: Place) -> None:
     assert place.content()["a:v0"] == {"x": noise(1)}
 
 
+def test_what_was_deleted_lately_is_told(place: Place) -> None:
+    """In bytes that only such versions need; a later plan frees just that."""
+    place.add("a", x=noise(1))
+    place.add("a", x=noise(2), y=noise(1))
+    place.add("a", x=noise(3), y=noise(1))
+    place.add("b", x=noise(4))
+    assert place.repo.plan_gc().waiting == 0
+    place.repo.artifact("a").delete(0, 1)
+    place.repo.artifact("b").remove()
+    plan = place.other().plan_gc()
+    assert plan.objects == {}
+    assert 2 * 70_000 < plan.waiting < 2 * 70_000 + 10_000  # x of a:v1, x of b, and manifests; y is needed
+    place.wait(8)
+    later = place.other(2).plan_gc()
+    assert (later.waiting, later.freed) == (0, plan.waiting)
+
+
 def test_a_version_that_was_lost_before_is_not_named_again(place: Place) -> None:
     """What is left of one whose chunks are gone belongs to its artifact, and ends nothing any more."""
     place.add("a", x=noise(1))

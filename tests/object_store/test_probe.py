@@ -9,6 +9,7 @@ import pytest
 
 from mandapa.errors import AccessDeniedError, AlreadyExistsError, NotFoundError, StorageError
 from mandapa.object_store import Buffer, MemoryObjectStore, ObjectInfo, RetryingObjectStore, probe
+from mandapa.repository.repository import Repository
 from mandapa.testing.faults import CountingObjectStore, FaultyObjectStore
 from mandapa.testing.server import Knobs, Server, serve
 from mandapa.testing.services import Service
@@ -124,6 +125,21 @@ def test_refused(store: type[MemoryObjectStore], reason: str) -> None:
 def test_check_then_put_never_slips_through() -> None:
     """Of 20 probes, each with its own racers, none calls it ok."""
     assert {probe(ChecksThenPuts(), rounds=1).verdict for _ in range(20)} == {"refused"}
+
+
+def test_a_store_that_would_lose_versions_holds_no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole probe refuses it, and leaves nothing behind; who promises to write alone may have it."""
+    monkeypatch.setattr("mandapa.repository.repository.probe", probe)
+    store = ChecksThenPuts()
+    with pytest.raises(StorageError, match=r"racing writers.*--single-writer"):
+        Repository.create(store)
+    assert [*store.list("")] == []
+    repo = Repository.create(store, single_writer=True)
+    assert repo.settings()["writers"] == "single"
+    assert repo.settings()["probe"]["verdict"] == "refused"
+    with repo.artifact("net").transaction() as txn:
+        txn.add_bytes("w", b"w")
+    assert repo["net:latest"].open("w").read() == b"w"
 
 
 @pytest.mark.parametrize("condition", ["ignored", "inverted", "check-then-put", "always-409"])

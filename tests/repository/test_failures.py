@@ -6,24 +6,14 @@ import errno
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import mandapa
-from mandapa.errors import (
-    AccessDeniedError,
-    AlreadyExistsError,
-    InvalidInputError,
-    MandapaError,
-    NotFoundError,
-    StorageError,
-)
-from mandapa.object_store import MemoryObjectStore
+from mandapa.errors import AccessDeniedError, InvalidInputError, MandapaError, NotFoundError, StorageError
 from mandapa.object_store.local import LocalObjectStore
-from mandapa.object_store.probe import probe
 from mandapa.repository.fsck import fsck
 from mandapa.repository.repository import Repository
 from mandapa.testing.server import Server, serve
@@ -243,28 +233,3 @@ def test_many_make_one_repository(tmp_path):
     answers = {maker.communicate(timeout=60)[0] for maker in makers}
     assert len(answers) == 1
     assert len(mandapa.open(tmp_path / "repo").id) == 32
-
-
-class ChecksThenPuts(MemoryObjectStore):
-    """As a store without conditional puts does it."""
-
-    def create(self, key, data):
-        if key in self._objects:
-            raise AlreadyExistsError(key)
-        time.sleep(0.02)
-        self.put(key, data)
-
-
-def test_a_store_that_would_lose_versions_is_refused(monkeypatch):
-    """By the whole probe, which leaves nothing behind; who promises to write alone may have it."""
-    monkeypatch.setattr("mandapa.repository.repository.probe", probe)
-    store = ChecksThenPuts()
-    with pytest.raises(StorageError, match=r"racing writers.*--single-writer"):
-        Repository.create(store)
-    assert [*store.list("")] == []
-    repo = Repository.create(store, single_writer=True)
-    assert repo.settings()["writers"] == "single"
-    assert repo.settings()["probe"]["verdict"] == "refused"
-    with repo.artifact("net").transaction() as txn:
-        txn.add_bytes("w", b"w")
-    assert read(repo["net:latest"]) == {"w": b"w"}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
 
 from mandapa.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from mandapa.repository.plan import Plan
 
 __all__ = ["one_way", "plan_options", "read_plan", "write_plan"]
 
@@ -16,10 +19,6 @@ _F = TypeVar("_F", bound=Callable[..., object])
 
 _PLAN_MAX = 256 << 20
 """Bytes of a plan, at most: two million lines."""
-
-
-class _Plan(Protocol):
-    def to_json(self) -> bytes: ...
 
 
 def plan_options(command: _F) -> _F:
@@ -40,7 +39,7 @@ def one_way(plan_file: str | None, apply_file: str | None, yes: bool) -> None:
         raise click.UsageError("one of --plan, --apply, --yes", click.get_current_context())
 
 
-def write_plan(path: str, plan: _Plan) -> None:
+def write_plan(path: str, plan: Plan) -> None:
     """Keep a plan in a file; raises OSError."""
     with open(path, "wb") as file:
         file.write(plan.to_json())

@@ -110,7 +110,7 @@ def plan_gc(repository: Repository, grace: float) -> GcPlan:
         shares=shares,
         half_dead=rewriting.packs,
         rewritten=rewriting.written,
-        waiting=sum(waiting.values()),
+        waiting=waiting,
     )
 
 

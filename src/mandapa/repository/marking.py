@@ -210,14 +210,12 @@ class Look:
         }
         return {**found, **self.stale}
 
-    def waiting(self) -> dict[str, int]:
-        """Key -> bytes of what no version needs any more, but those that were deleted within the grace."""
-        live: set[Root] = set()
-        for facts in self.logs.values():
-            if not facts.log.state.closed:
-                live |= {version.root for version in facts.log.state.versions.values() if version.deleted is None}
+    def waiting(self) -> int:
+        """Bytes of what no version needs any more, but those that were deleted within the grace."""
+        states = [facts.log.state for facts in self.logs.values() if not facts.log.state.closed]
+        live = {state.versions[number].root for state in states for number in state.live()}
         needed = self.marks.keys_of(self.marks.reach.union(live))
-        return {key: self.listed[key].size for key in (self.marks.keys & self.listed.keys()) - needed}
+        return sum([self.listed[key].size for key in (self.marks.keys & self.listed.keys()) - needed])
 
 
 def store_time(repository: Repository) -> datetime:

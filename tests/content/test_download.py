@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -19,7 +20,7 @@ from mandapa.content.fetch import pieces_of
 from mandapa.content.index import Index
 from mandapa.content.tree import Located
 from mandapa.digest import digest
-from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError
+from mandapa.errors import CorruptionError, InvalidInputError, NotFoundError, SecurityError, StorageError
 from mandapa.format.keys import container_key
 from mandapa.format.manifest import FileRow, UrlRow
 
@@ -311,6 +312,27 @@ def test_folder_swapped_for_a_symlink_meanwhile(repo, tmp_path, out):
         stop.set()
         thread.join()
     assert tree(outside) == {}
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_folder_that_was_another_thing_for_a_moment(repo, out, monkeypatch, times):
+    """It is tried again, and never called a file; when that does not end, what happens is said."""
+    rows = repo.put({"a/f": b"x"})
+    (out / "a").mkdir(parents=True)
+    left, real = [errno.ENOTDIR] * times, os.open
+
+    def swapped(path, *arguments, **options):
+        if path == "a" and left:
+            raise OSError(left.pop(), "Not a directory")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", swapped)
+    if times == 1:
+        repo.get(rows, out)
+        assert tree(out) == {"a/f": b"x"}
+    else:
+        with pytest.raises(StorageError, match="removes or replaces"):
+            repo.get(rows, out)
 
 
 def test_dest_may_be_a_symlink(repo, rows, tmp_path):
